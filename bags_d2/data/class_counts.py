@@ -1,0 +1,222 @@
+"""Training instances (or images) of each class, for any registered data set.
+
+Counts are in contiguous class order, the order of Detectron2's ``gt_classes``. What is counted is
+what training sees: crowd annotations are left out, as Detectron2's dataset mapper does.
+"""
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from ..errors import ConfigError, DataError, MissingFileError
+
+__all__ = ["count_classes", "missing_dataset_message", "read_class_counts", "training_class_counts"]
+
+logger = logging.getLogger(__name__)
+
+COUNTABLE = ("instances", "images")
+
+# Where to get the annotations of the data sets that Detectron2 registers, by name prefix.
+_SOURCES = {
+    "lvis": "download it from https://www.lvisdataset.org/dataset",
+    "coco": "download it from https://cocodataset.org/#download",
+    "glyphs": "build it with 'python tools/build_glyphs.py --preset {preset}'",
+}
+
+
+def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
+    """Counts that a config asks for: of its counts file, or of its training sets.
+
+    Args:
+        cfg: config with the keys of ``add_bags_config``.
+        by: "instances" or "images"; None takes ``MODEL.BAGS.COUNT_BY``.
+
+    Returns:
+        Long tensor (K,).
+
+    Raises:
+        MissingFileError: if the counts file or the annotations do not exist.
+        ConfigError, DataError: if classes disagree between training sets or with
+            ``MODEL.ROI_HEADS.NUM_CLASSES``, or the counts file is faulty.
+    """
+    by = by or cfg.MODEL.BAGS.COUNT_BY
+    if by not in COUNTABLE:
+        raise ConfigError(f"MODEL.BAGS.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    names = cfg.DATASETS.TRAIN
+    path = cfg.MODEL.BAGS.CLASS_COUNTS_FILE
+    if path:
+        classes = MetadataCatalog.get(names[0]).get("thing_classes") if names else None
+        counts = read_class_counts(path, classes)
+        source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+    elif names:
+        counts = functools.reduce(torch.add, _counts_of_same_classes(names, by))
+        source = f"DATASETS.TRAIN {tuple(names)}"
+    else:
+        raise MissingFileError(
+            "No class counts: DATASETS.TRAIN and MODEL.BAGS.CLASS_COUNTS_FILE are both empty."
+        )
+    if len(counts) != num_classes:
+        raise ConfigError(
+            f"{source} has {len(counts)} classes but MODEL.ROI_HEADS.NUM_CLASSES is "
+            f"{num_classes}; set it to {len(counts)}."
+        )
+    return counts
+
+
+def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
+    """Count the classes of one registered data set.
+
+    Uses the counts in its metadata where there are some (``class_instance_count``,
+    ``class_image_count``), else the annotation JSON that the metadata names, else the data set
+    itself. The JSON comes first because reading it builds no list of images.
+
+    Args:
+        dataset_name: a name registered in ``DatasetCatalog``.
+        by: "instances" or "images" (images with at least one instance of the class).
+
+    Returns:
+        Long tensor (K,).
+
+    Raises:
+        MissingFileError: if the annotation file does not exist.
+        DataError: if the annotation file is faulty.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
+    if known is not None:
+        return torch.tensor([row["image_count"] if isinstance(row, dict) else row for row in known])
+    json_file = metadata.get("json_file")
+    if json_file is None:
+        return _count_records(DatasetCatalog.get(dataset_name), metadata.thing_classes, by)
+    path = PathManager.get_local_path(json_file)
+    if not os.path.isfile(path):
+        raise MissingFileError(missing_dataset_message(dataset_name, json_file))
+    id_map = metadata.get("thing_dataset_id_to_contiguous_id")
+    stat = os.stat(path)
+    counts = _count_json(path, (stat.st_mtime_ns, stat.st_size), frozenset((id_map or {}).items()))
+    return counts[COUNTABLE.index(by)].clone()
+
+
+def read_class_counts(path: str, class_names: list[str] | None = None) -> torch.Tensor:
+    """Read a counts file: a JSON list in contiguous class order, or {class name: count}.
+
+    Args:
+        path: the file.
+        class_names: K names in contiguous order; needed for a file keyed by name.
+
+    Returns:
+        Long tensor (K,).
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is not such a JSON, or its classes are not those of the data set.
+    """
+    key = "MODEL.BAGS.CLASS_COUNTS_FILE"
+    local = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise MissingFileError(f"{key} '{path}' does not exist; correct the path or set it to ''.")
+    content = _load_json(local)
+    if isinstance(content, dict):
+        if class_names is None:
+            raise DataError(f"{key} '{path}' is keyed by name, but the class names are unknown.")
+        if set(content) != set(class_names):
+            odd = sorted(set(content) ^ set(class_names))[:5]
+            raise DataError(f"{key} '{path}' and the data set disagree on the classes {odd}.")
+        content = [content[name] for name in class_names]
+    valid = isinstance(content, list) and all(type(n) is int and n >= 0 for n in content)
+    if not valid or not content:
+        raise DataError(
+            f"{key} '{path}' must hold a JSON list of whole numbers of 0 or more, one for each "
+            "class, or an object {class name: count}."
+        )
+    return torch.tensor(content)
+
+
+def missing_dataset_message(dataset_name: str, path: str) -> str:
+    """One sentence that names a missing data file and where to get it."""
+    for prefix, source in _SOURCES.items():
+        if dataset_name.startswith(prefix):
+            preset = dataset_name.rpartition("_")[0]
+            remedy = f"{source.format(preset=preset)}, or set DETECTRON2_DATASETS to its folder"
+            break
+    else:
+        remedy = "correct the path under which the data set is registered"
+    return f"'{path}' of data set '{dataset_name}' does not exist; {remedy}."
+
+
+def _counts_of_same_classes(names: Iterable[str], by: str) -> list[torch.Tensor]:
+    """Counts of each data set, once they are known to share their classes."""
+    counts = [count_classes(name, by) for name in names]
+    # Names are known only after counting: loaders of custom data sets set them.
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    for name, own, count in zip(names, classes, counts, strict=True):
+        differ = own is not None and classes[0] is not None and list(own) != list(classes[0])
+        if differ or len(count) != len(counts[0]):
+            raise DataError(
+                f"The training sets '{names[0]}' and '{name}' have different classes; list only "
+                "data sets that share theirs in DATASETS.TRAIN."
+            )
+    return counts
+
+
+def _count_records(records: list[dict], classes: list[str], by: str) -> torch.Tensor:
+    counts = torch.zeros(len(classes), dtype=torch.long)
+    for record in records:
+        ids = [a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)]
+        for c in ids if by == "instances" else set(ids):
+            counts[c] += 1
+    return counts
+
+
+@functools.lru_cache(maxsize=32)
+def _count_json(path: str, version: tuple[int, int], id_map: frozenset) -> torch.Tensor:
+    """Long tensor (2, K): instances and images of each class of a COCO or LVIS JSON.
+
+    ``version`` (time and size of the file) is there for the cache alone.
+    """
+    content = _load_json(path)
+    for section in ("annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(section), list):
+            raise DataError(
+                f"'{path}' has no list '{section}': not a COCO or LVIS annotation file."
+            )
+    ids = sorted(category["id"] for category in content["categories"])
+    # Detectron2's loaders number the categories in the order of their ids.
+    to_class = dict(id_map) or {category_id: i for i, category_id in enumerate(ids)}
+    counts = torch.zeros(2, max(to_class.values(), default=-1) + 1, dtype=torch.long)
+    instances, images = counts[0].numpy(), counts[1].numpy()
+    seen = set()
+    for annotation in content["annotations"]:
+        if annotation.get("iscrowd", 0):
+            continue
+        category_id = annotation["category_id"]
+        if category_id not in to_class:
+            raise DataError(
+                f"'{path}': annotation {annotation.get('id')} has category_id {category_id}, which "
+                "is not among its categories."
+            )
+        c = to_class[category_id]
+        instances[c] += 1
+        if (c, annotation["image_id"]) not in seen:
+            seen.add((c, annotation["image_id"]))
+            images[c] += 1
+    logger.info("Counted %d instances of %d classes in %s", instances.sum(), len(instances), path)
+    return counts
+
+
+def _load_json(path: str):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"'{path}' is not valid JSON ({error}); download or build it again."
+        ) from None

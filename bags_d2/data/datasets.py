@@ -1,0 +1,131 @@
+"""Registration of data sets in LVIS format, and of the built-in ones."""
+
+import functools
+import json
+import os
+from importlib import resources
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+from ..errors import DataError, MissingFileError
+from .class_counts import missing_dataset_message
+from .glyphs import PRESETS
+
+__all__ = ["load_lvis_format", "register_builtin_datasets", "register_lvis_format"]
+
+
+def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
+    """Register a data set with annotations in LVIS (v0.5 or v1) format, with classes of any kind.
+
+    Detectron2's own ``register_lvis_instances`` knows the classes of LVIS alone; this one takes
+    them from the file, with category ids of any numbering.
+
+    Args:
+        name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: the annotation file; need not exist before the data set is used.
+        image_root: folder that the images' paths start from.
+    """
+    DatasetCatalog.register(
+        name, functools.partial(load_lvis_format, json_file, image_root, dataset_name=name)
+    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="lvis")
+
+
+def load_lvis_format(json_file: str, image_root: str, dataset_name: str) -> list[dict]:
+    """Load an LVIS-format JSON as Detectron2 records, and set the class names in the metadata.
+
+    Args:
+        json_file: the annotation file.
+        image_root: folder that the images' paths start from. An image stands at the last two
+            parts of its ``coco_url`` (split folder and file, as in LVIS v1), or at its
+            ``file_name`` where there is no URL.
+        dataset_name: name of the data set, for the metadata.
+
+    Returns:
+        One record for each image, in the order of image ids.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is not valid, or an annotation names an unknown image or category.
+    """
+    path = PathManager.get_local_path(json_file)
+    if not os.path.isfile(path):
+        raise MissingFileError(missing_dataset_message(dataset_name, json_file))
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        images = sorted(content["images"], key=lambda image: image["id"])
+        annotations = content.get("annotations", [])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"'{json_file}' is not an LVIS annotation file: {error!r}.") from None
+
+    to_class = {category["id"]: i for i, category in enumerate(categories)}
+    MetadataCatalog.get(dataset_name).set(
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id=to_class,
+    )
+    records = {image["id"]: _record(image, image_root) for image in images}
+    for annotation in annotations:
+        try:
+            record = records[annotation["image_id"]]
+            instance = {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": to_class[annotation["category_id"]],
+                "iscrowd": annotation.get("iscrowd", 0),
+            }
+        except KeyError as error:
+            raise DataError(
+                f"'{json_file}': annotation {annotation.get('id')} lacks a key or names an unknown "
+                f"image or category ({error})."
+            ) from None
+        if annotation.get("segmentation"):
+            instance["segmentation"] = annotation["segmentation"]
+        record["annotations"].append(instance)
+    return list(records.values())
+
+
+def register_builtin_datasets(root: str) -> None:
+    """Register the glyph data sets, and complete the metadata of Detectron2's LVIS v1.
+
+    Args:
+        root: the folder of data sets, Detectron2's ``DETECTRON2_DATASETS``.
+    """
+    for preset in PRESETS:
+        folder = os.path.join(root, preset)
+        for split in ("train", "val"):
+            register_lvis_format(
+                f"{preset}_{split}",
+                os.path.join(folder, "annotations", f"{preset}_{split}.json"),
+                folder,
+            )
+    # Detectron2 carries the image counts of LVIS v1 alone. With the instance counts, neither
+    # training nor evaluation has to read a 1 GB file for them.
+    MetadataCatalog.get("lvis_v1_train").set(
+        class_instance_count=lvis_v1_counts()["instance_count"]
+    )
+
+
+def lvis_v1_counts() -> dict[str, list[int]]:
+    """``instance_count`` and ``image_count`` of the LVIS v1 training set, by category id 1..1203."""
+    text = resources.files(__package__).joinpath("lvis_v1_train_counts.json").read_text()
+    return json.loads(text)
+
+
+def _record(image: dict, image_root: str) -> dict:
+    if "coco_url" in image:
+        file_name = "/".join(image["coco_url"].split("/")[-2:])
+    else:
+        file_name = image["file_name"]
+    return {
+        "file_name": os.path.join(image_root, file_name),
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "neg_category_ids": image.get("neg_category_ids", []),
+        "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", []),
+        "annotations": [],
+    }

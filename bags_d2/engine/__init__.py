@@ -1,0 +1,14 @@
+"""Trainer, checkpointing and the choice of what trains."""
+
+from .checkpoint import LongTailCheckpointer
+from .setup import check_files, setup_cfg
+from .trainable import select_trainable_params
+from .trainer import BAGSTrainer
+
+__all__ = [
+    "BAGSTrainer",
+    "LongTailCheckpointer",
+    "check_files",
+    "select_trainable_params",
+    "setup_cfg",
+]

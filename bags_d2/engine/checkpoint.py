@@ -1,0 +1,109 @@
+"""Loading checkpoints, with a plain account of what was not loaded."""
+
+import os
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from ..errors import ConfigError, MissingFileError
+from ..modeling.groups import ClassGroups
+
+__all__ = ["LongTailCheckpointer"]
+
+
+class LongTailCheckpointer(DetectionCheckpointer):
+    """``DetectionCheckpointer`` that tells an intended new classifier from a mistake.
+
+    Detectron2 warns of every parameter that a checkpoint does not fill and goes on. In stage 2
+    one such parameter is intended, the classifier, and a second one would be a disaster: a frozen
+    layer of random weights. So
+
+    - new parameters that train are named in one line;
+    - new parameters that do not train are an error, and in evaluation all are;
+    - a checkpoint with another number of class groups is an error.
+    """
+
+    def __init__(
+        self, model, save_dir="", *, evaluating: bool = False, stage2: bool = False, **kwargs
+    ) -> None:
+        """
+        Args:
+            model: the model.
+            save_dir: folder of the checkpoints.
+            evaluating: whether the weights are to be used as they are.
+            stage2: whether MODEL.TRAINABLE_PARAMS selects a part of the model to train.
+            **kwargs: as for ``DetectionCheckpointer``.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.evaluating = evaluating
+        self.stage2 = stage2
+        self._path = ""
+
+    def load(self, path, *args, **kwargs):
+        """As the parent's; a local file that does not exist is a MissingFileError."""
+        self._path = path
+        is_local = path and "://" not in path
+        if is_local and not os.path.isfile(path.partition("?")[0]):
+            raise MissingFileError(f"Checkpoint '{path}' (MODEL.WEIGHTS) does not exist.")
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        grouped = {n: m for n, m in self.model.named_modules() if isinstance(m, ClassGroups)}
+        for name, groups in grouped.items():
+            # Checked here since the parent drops tensors of another shape before loading.
+            loaded = checkpoint["model"].get(f"{name}.thresholds")
+            if loaded is not None and len(loaded) != len(groups.thresholds):
+                raise ConfigError(
+                    f"Checkpoint '{self._path}' was trained with class groups at "
+                    f"{tuple(torch.as_tensor(loaded).tolist())} and the model has "
+                    f"{tuple(groups.thresholds.tolist())}; set MODEL.BAGS.GROUP_THRESHOLDS to the "
+                    "checkpoint's."
+                )
+        before = {name: groups.class_to_group.clone() for name, groups in grouped.items()}
+        determined = {name for name, groups in grouped.items() if groups.is_determined}
+        incompatible = super()._load_model(checkpoint)
+        for name in determined if not self.evaluating else ():
+            if not torch.equal(before[name], grouped[name].class_to_group):
+                raise ConfigError(
+                    f"Checkpoint '{self._path}' groups the classes otherwise than the config "
+                    "would (MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY, the training set); make them "
+                    "agree, or start from a stage-1 checkpoint."
+                )
+        return incompatible
+
+    def _log_incompatible_keys(self, incompatible):
+        misshaped = {key: (old, new) for key, old, new in incompatible.incorrect_shapes}
+        missing = {*incompatible.missing_keys, *misshaped}
+        parameters = dict(self.model.named_parameters())
+        new = [name for name in parameters if name in missing]
+        unfit = [name for name in new if self.evaluating or not parameters[name].requires_grad]
+        if unfit:
+            raise ConfigError(self._unfit_message(unfit, misshaped))
+        if new and self.stage2:
+            self.logger.info(
+                "Newly initialised, as intended, since they train and '%s' has no such weights: %s",
+                self._path,
+                ", ".join(new),
+            )
+        # What was just told needs no second warning. Class groups come from the config where a
+        # checkpoint has none, and frozen BatchNorm layers have no use for their batch counters.
+        told = (*new,) if self.stage2 else ()
+        super()._log_incompatible_keys(
+            type(incompatible)(
+                [k for k in incompatible.missing_keys if k not in told and ".groups." not in k],
+                [k for k in incompatible.unexpected_keys if not k.endswith("num_batches_tracked")],
+                [row for row in incompatible.incorrect_shapes if row[0] not in told],
+            )
+        )
+
+    def _unfit_message(self, names: list[str], misshaped: dict) -> str:
+        first = names[0]
+        if first in misshaped:
+            old, new = misshaped[first]
+            first += f" (shape {old} in the checkpoint, {new} in the model)"
+        use = "evaluated without training" if self.evaluating else "kept frozen"
+        return (
+            f"Checkpoint '{self._path}' has no weights for {len(names)} parameters that would be "
+            f"{use}, the first being {first}: set MODEL.WEIGHTS to a checkpoint of this model and "
+            "these classes."
+        )

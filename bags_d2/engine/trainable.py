@@ -1,0 +1,75 @@
+"""Which parameters train: name globs instead of the integer switches of the authors' code."""
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from ..errors import ConfigError
+
+__all__ = ["freeze_norm_statistics", "select_trainable_params"]
+
+logger = logging.getLogger(__name__)
+
+
+def select_trainable_params(model: nn.Module, globs: Sequence[str]) -> list[str]:
+    """Freeze every parameter whose name no glob matches.
+
+    A parameter that the model itself has frozen (``MODEL.BACKBONE.FREEZE_AT``) stays frozen.
+
+    Args:
+        model: the model, changed in place.
+        globs: shell-style patterns against the names of ``model.named_parameters()``; empty
+            leaves the model alone.
+
+    Returns:
+        Names of the parameters that train.
+
+    Raises:
+        ConfigError: if a glob matches nothing that can be trained.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not globs:
+        return names
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            raise ConfigError(
+                f"MODEL.TRAINABLE_PARAMS: '{glob}' matches no trainable parameter; names look like "
+                f"'{names[-1] if names else '(the model has none)'}'."
+            )
+    selected = {name for glob in globs for name in fnmatch.filter(names, glob)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in selected)
+    trainable = [name for name in names if name in selected]
+    counts = {n: p.numel() for n, p in model.named_parameters()}
+    logger.info(
+        "Training %s of %s parameters (MODEL.TRAINABLE_PARAMS): %s",
+        f"{sum(counts[n] for n in trainable):,}",
+        f"{sum(counts.values()):,}",
+        ", ".join(f"{n} ({counts[n]:,})" for n in trainable),
+    )
+    return trainable
+
+
+def freeze_norm_statistics(model: nn.Module) -> nn.Module:
+    """Turn BatchNorm layers without a trainable parameter into ``FrozenBatchNorm2d``.
+
+    Otherwise their running statistics would still follow the training data, and a frozen trunk
+    would drift. The conversion holds whoever calls ``model.train()`` afterwards, and the layers'
+    names in the checkpoint stay the same.
+
+    Args:
+        model: changed in place, unless it is itself such a layer.
+
+    Returns:
+        The model.
+    """
+    for name, child in model.named_children():
+        is_norm = isinstance(child, nn.modules.batchnorm._BatchNorm)
+        if is_norm and not any(p.requires_grad for p in child.parameters()):
+            setattr(model, name, FrozenBatchNorm2d.convert_frozen_batchnorm(child))
+        else:
+            freeze_norm_statistics(child)
+    return model

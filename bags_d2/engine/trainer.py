@@ -1,0 +1,203 @@
+"""Detectron2's default trainer, plus what long-tailed training in two stages needs."""
+
+import json
+import logging
+import math
+import os
+import weakref
+from collections import OrderedDict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..data.class_counts import training_class_counts
+from ..errors import ConfigError, MissingFileError
+from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
+from ..modeling.groups import ClassGroups
+from .checkpoint import LongTailCheckpointer
+from .trainable import freeze_norm_statistics, select_trainable_params
+
+__all__ = ["BAGSTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class BAGSTrainer(DefaultTrainer):
+    """``DefaultTrainer`` that trains chosen parameters and evaluates by training frequency."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: config with the keys of ``add_bags_config``.
+
+        Raises:
+            BagsError: if the class groups cannot be determined, or a config key has no meaning.
+        """
+        # Not DefaultTrainer.__init__, which offers no say in the checkpointer and wraps models on
+        # the CPU with device ids, as DistributedDataParallel does not allow.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        for groups in _class_groups(model):
+            groups.require_determined()
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        on_cpu = cfg.MODEL.DEVICE == "cpu"
+        ddp_kwargs = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_kwargs)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = LongTailCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            stage2=bool(cfg.MODEL.TRAINABLE_PARAMS),
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model and freeze all but ``MODEL.TRAINABLE_PARAMS``."""
+        model = super().build_model(cfg)
+        if cfg.MODEL.TRAINABLE_PARAMS:
+            select_trainable_params(model, cfg.MODEL.TRAINABLE_PARAMS)
+            freeze_norm_statistics(model)
+        for groups in _class_groups(model)[:1]:
+            logger.info("Class groups by training count: %s", groups)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm.
+
+        Detectron2's own "norm" clips each parameter by itself. The recipe of BAGS (and of most
+        of the field) clips the norm of all gradients taken together.
+        """
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+            return super().build_optimizer(cfg, model)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(cfg, model)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def clip_gradients(*_) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+
+        # A hook on the optimizer comes after GradScaler has unscaled the gradients.
+        optimizer.register_step_pre_hook(clip_gradients)
+        return optimizer
+
+    @classmethod
+    def build_evaluator(
+        cls,
+        cfg: CfgNode,
+        dataset_name: str,
+        output_folder: str,
+        class_counts: torch.Tensor | None = None,
+    ) -> DatasetEvaluator:
+        """The evaluator of a data set's ``evaluator_type``, with AP per bin of training count.
+
+        Args:
+            cfg: the config.
+            dataset_name: name of the evaluated data set.
+            output_folder: for predictions and per-class tables.
+            class_counts: training instances (K,); None leaves the bins out.
+
+        Raises:
+            ConfigError: if the data set is of another evaluator type.
+        """
+        kinds = {"lvis": LongTailLVISEvaluator, "coco": LongTailCOCOEvaluator}
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind not in kinds:
+            raise ConfigError(
+                f"Data set '{dataset_name}' has evaluator_type '{kind}'; supported are "
+                f"{sorted(kinds)}, set by its registration (docs/datasets.md)."
+            )
+        return kinds[kind](dataset_name, output_dir=output_folder, class_counts=class_counts)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: list[DatasetEvaluator] | None = None,
+        output_folder: str | None = None,
+    ) -> dict:
+        """As the parent's; also writes the metrics to ``results.json``.
+
+        Args:
+            cfg: the config.
+            model: the model, with its weights.
+            evaluators: one for each of ``DATASETS.TEST``; None builds them, with the bins of
+                training count that the checkpoint remembers or the training set has.
+            output_folder: None is ``OUTPUT_DIR/inference``.
+
+        Returns:
+            Metrics in percent by task, by data set first if there are several.
+        """
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if evaluators is None:
+            counts = _evaluation_counts(cfg, model) if cfg.DATASETS.TEST else None
+            evaluators = [
+                cls.build_evaluator(
+                    cfg, name, os.path.join(output_folder, name), class_counts=counts
+                )
+                for name in cfg.DATASETS.TEST
+            ]
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and results:
+            with PathManager.open(os.path.join(output_folder, "results.json"), "w") as file:
+                json.dump(_nan_to_none(results), file, indent=2)
+        return results
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluate with test-time augmentation (``TEST.AUG``); metrics carry the suffix _TTA."""
+        logger.info("Running inference with test-time augmentation ...")
+        results = cls.test(
+            cfg, GeneralizedRCNNWithTTA(cfg, model), output_folder=f"{cfg.OUTPUT_DIR}/inference_TTA"
+        )
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def _class_groups(model: nn.Module) -> list[ClassGroups]:
+    return [module for module in model.modules() if isinstance(module, ClassGroups)]
+
+
+def _evaluation_counts(cfg: CfgNode, model: nn.Module) -> torch.Tensor | None:
+    """Training instances of each class: as the checkpoint remembers them, else counted."""
+    for groups in _class_groups(model):
+        remembered = groups.class_counts.cpu()
+        if cfg.MODEL.BAGS.COUNT_BY == "instances" and bool((remembered >= 0).all()):
+            return remembered
+    try:
+        return training_class_counts(cfg, by="instances")
+    except MissingFileError as error:
+        logger.warning("AP per bin of training instances is left out: %s", error)
+        return None
+
+
+def _nan_to_none(results):
+    """Measures that nothing defines are null in JSON, which has no NaN."""
+    if isinstance(results, dict):
+        return {key: _nan_to_none(value) for key, value in results.items()}
+    return None if isinstance(results, float) and math.isnan(results) else results

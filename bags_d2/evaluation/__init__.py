@@ -1,0 +1,21 @@
+"""Evaluation of long-tailed detection: LVIS and COCO measures, AP by training instances."""
+
+from .bins import ap_per_bin, balanced_ap, bin_index
+from .coco_evaluation import LongTailCOCOEvaluator
+from .lvis_evaluation import (
+    AnnotationError,
+    LongTailLVISEvaluator,
+    PredictionError,
+    evaluate_lvis_predictions,
+)
+
+__all__ = [
+    "AnnotationError",
+    "LongTailCOCOEvaluator",
+    "LongTailLVISEvaluator",
+    "PredictionError",
+    "ap_per_bin",
+    "balanced_ap",
+    "bin_index",
+    "evaluate_lvis_predictions",
+]

@@ -1,0 +1,641 @@
+"""LVIS evaluation of detections as they arrive, equal to lvis-api's.
+
+lvis-api holds every detection of the data set and matches at the end in Python. Matching one image
+needs only that image, so here each image is matched when it is processed (by hotcoco) and only the
+matches are kept and sent between processes: about 0.6 kB per image instead of 300 detections.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pycocotools.mask as mask_utils
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from hotcoco import COCOeval, StreamingEval
+
+from ..errors import ConfigError, DataError
+from .bins import (
+    DEFAULT_COUNT_THRESHOLDS,
+    ap_per_bin,
+    balanced_ap,
+    bin_index,
+    bin_table,
+    check_class_counts,
+    contiguous_classes,
+    per_class_ap,
+    write_per_class_csv,
+)
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("bbox", "segm")
+# hotcoco's StreamingEval applies the cap of the LVIS challenge whatever it is asked for.
+MAX_DETS_LIMIT = 300
+
+_FREQUENCIES = ("r", "c", "f")
+_GEOMETRY_KEY = {"bbox": "bbox", "segm": "segmentation"}
+_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area")
+# lvis-api sets ground truth aside if it is marked "ignore" or lies outside the evaluated range of
+# areas. hotcoco reads the area only, so the mark becomes an area beyond the widest range, 1e10.
+_AREA_OF_IGNORED = 1e11
+
+
+class AnnotationError(DataError):
+    """The annotation file cannot be used for LVIS evaluation."""
+
+
+class PredictionError(DataError):
+    """Predictions do not fit the annotation file, or are not numbers."""
+
+
+@dataclass(frozen=True)
+class LVISGroundTruth:
+    """An LVIS annotation file, indexed by image.
+
+    Attributes:
+        json_file: where it was read.
+        categories: in ascending id order, the order of every per-class result.
+        images: image id -> image entry.
+        annotations: image id -> its annotations of positive area. lvis-api passes over the others.
+    """
+
+    json_file: str
+    categories: list[dict]
+    images: dict[int, dict]
+    annotations: dict[int, list[dict]]
+
+    @classmethod
+    def load(cls, json_file: str | os.PathLike) -> LVISGroundTruth:
+        """Read and check an annotation file.
+
+        A file without annotations (a test set) is accepted as it is: see `has_annotations`.
+
+        Raises:
+            AnnotationError: if the file is missing or is not in LVIS format.
+        """
+        json_file = os.fspath(json_file)
+        path = PathManager.get_local_path(json_file)
+        if not os.path.isfile(path):
+            raise AnnotationError(
+                f"Annotation file {json_file} does not exist: download it, or correct json_file "
+                "where the data set is registered."
+            )
+        with open(path) as file:
+            data = json.load(file)
+        if not isinstance(data, dict) or not {"images", "categories"} <= data.keys():
+            raise AnnotationError(
+                f"{json_file} is not an LVIS annotation file: it needs the keys 'images', "
+                "'categories' and 'annotations'."
+            )
+        if data.get("annotations"):
+            _check_lvis_format(data, json_file)
+
+        annotations = defaultdict(list)
+        for annotation in data.get("annotations", ()):
+            if annotation["area"] > 0:
+                annotations[annotation["image_id"]].append(annotation)
+        return cls(
+            json_file=json_file,
+            categories=sorted(data["categories"], key=lambda category: category["id"]),
+            images={image["id"]: image for image in data["images"]},
+            annotations=dict(annotations),
+        )
+
+    @property
+    def has_annotations(self) -> bool:
+        return bool(self.annotations)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        return tuple(category["id"] for category in self.categories)
+
+    def instances_per_category(self) -> list[int]:
+        """Count the evaluated ground truth of each category."""
+        counts = Counter(a["category_id"] for anns in self.annotations.values() for a in anns)
+        return [counts[category_id] for category_id in self.category_ids]
+
+
+@dataclass(frozen=True)
+class LVISResult:
+    """Measures of one IoU type, all in percent; NaN where no class or object defines them.
+
+    Attributes:
+        metrics: AP, AP50, ..., AR@300 and, with training counts, AP1, ..., bAP.
+        ap: (K,) AP per category, in id order.
+        ap50: (K,) AP at IoU 0.5 per category.
+    """
+
+    metrics: dict[str, float]
+    ap: np.ndarray
+    ap50: np.ndarray
+
+
+def evaluate_lvis_predictions(
+    json_file: str | os.PathLike,
+    detections: Iterable[Mapping],
+    iou_type: str = "bbox",
+    *,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
+    max_dets_per_image: int = MAX_DETS_LIMIT,
+) -> dict[str, float]:
+    """Evaluate detections in LVIS results format.
+
+    Masks are measured by their own area, not their box's, as Detectron2's LVIS evaluator does.
+
+    Args:
+        json_file: LVIS annotations with ground truth.
+        detections: dicts with "image_id", "category_id", "score" and "bbox" (XYWH, pixels) or
+            "segmentation" (compressed run-length code). Images without any count as empty.
+        iou_type: "bbox" or "segm".
+        class_counts: (K,) training instances in ascending category id order; None leaves out
+            AP1, AP2, ... and bAP.
+        count_thresholds: bounds of the bins of AP1, AP2, ...
+        max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
+
+    Returns:
+        Measure -> percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, AP1.., bAP.
+        NaN where nothing in the ground truth defines the measure.
+
+    Raises:
+        AnnotationError: for an annotation file that is missing or not in LVIS format.
+        PredictionError: for unknown images or categories and non-finite numbers.
+        ConfigError: for an unknown `iou_type` or `max_dets_per_image` out of range.
+        DataError: for class counts that do not fit. All of these are ValueErrors.
+    """
+    _check_tasks((iou_type,))
+    _check_max_dets(max_dets_per_image)
+    ground_truth = LVISGroundTruth.load(json_file)
+    if not ground_truth.has_annotations:
+        raise AnnotationError(f"{json_file} has no annotations to evaluate against.")
+    if class_counts is not None:
+        class_counts = check_class_counts(class_counts, len(ground_truth.categories))
+
+    by_image: dict[int, list[Mapping]] = {image_id: [] for image_id in ground_truth.images}
+    for detection in detections:
+        _check_image_id(detection["image_id"], ground_truth)
+        by_image[detection["image_id"]].append(detection)
+    stream = _new_stream(ground_truth, iou_type)
+    for image_id, image_detections in by_image.items():
+        _check_detections(image_detections, ground_truth, iou_type)
+        _update(stream, ground_truth, iou_type, image_id, image_detections, max_dets_per_image)
+    return _summarize(
+        stream.finalize(), ground_truth, class_counts, count_thresholds, max_dets_per_image
+    ).metrics
+
+
+class LongTailLVISEvaluator(DatasetEvaluator):
+    """LVIS measures, AP by training instances (AP1, AP2, ...) and their mean over the bins (bAP).
+
+    The measures that lvis-api has are equal to lvis-api's. Every image of the annotation file
+    counts, as there: one that was never processed counts as an image without detections.
+
+    With `output_dir` it writes there
+
+    - `lvis_instances_results.json`: all detections in LVIS results format, for the LVIS server or
+      `evaluate_lvis_predictions`. Of several processes each writes its own part,
+      `lvis_instances_results_rank{i}.json`, because gathering the detections would cost what
+      streaming saves; the whole is the concatenation of the lists.
+    - `per_class_bbox.csv`, `per_class_segm.csv`: AP of every category, see `write_per_class_csv`.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
+        max_dets_per_image: int = MAX_DETS_LIMIT,
+    ) -> None:
+        """
+        Args:
+            dataset_name: registered data set whose metadata has `json_file`, in LVIS format.
+            tasks: "bbox", "segm" or both. None: "bbox", and "segm" if any process sees masks.
+            distributed: merge the processes' results; the main process evaluates. Otherwise
+                each process evaluates what it saw.
+            output_dir: folder for the files above; None writes nothing.
+            class_counts: (K,) training instances per contiguous class; None leaves out AP1, AP2,
+                ... and bAP.
+            count_thresholds: bounds of the bins of AP1, AP2, ...
+            max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
+
+        Raises:
+            AnnotationError: for an annotation file that is missing or not in LVIS format.
+            DataError: for class counts or metadata that disagree with it.
+            ConfigError: for arguments out of range. All of these are ValueErrors.
+        """
+        if tasks is not None:
+            _check_tasks(tasks)
+        _check_max_dets(max_dets_per_image)
+        self._tasks = None if tasks is None else tuple(tasks)
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._count_thresholds = tuple(count_thresholds)
+        self._max_dets_per_image = max_dets_per_image
+
+        metadata = MetadataCatalog.get(dataset_name)
+        if metadata.get("json_file") is None:
+            raise AnnotationError(
+                f"Data set '{dataset_name}' has no json_file in its metadata: register it with "
+                "its LVIS annotation file."
+            )
+        self._ground_truth = LVISGroundTruth.load(metadata.json_file)
+        category_ids = self._ground_truth.category_ids
+        classes = contiguous_classes(
+            category_ids,
+            metadata.get("thing_dataset_id_to_contiguous_id"),
+            self._ground_truth.json_file,
+        )
+        # The two orders of classes meet only here: predictions come in contiguous order, results
+        # leave in category id order.
+        self._category_of_class = np.array(category_ids)[np.argsort(classes)].tolist()
+        self._class_counts = None
+        if class_counts is None:
+            logger.info(
+                "AP1, AP2, ... and bAP are left out: they need class_counts, the training "
+                "instances of each class."
+            )
+        else:
+            self._class_counts = check_class_counts(class_counts, len(category_ids))[classes]
+            bin_index(self._class_counts, self._count_thresholds)  # reports bad values now
+
+    def reset(self) -> None:
+        """Forget all predictions, and start a new results file if one is written."""
+        self._streams = {
+            task: _new_stream(self._ground_truth, task) for task in self._tasks or TASKS
+        }
+        self._seen: set[int] = set()
+        self._mask_presence: set[bool] = set()
+        self._writer = None
+        if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
+            self._writer = _JsonListWriter(os.path.join(self._output_dir, _results_file_name()))
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Match the detections of some images with their ground truth.
+
+        Args:
+            inputs: Detectron2's model inputs; "image_id" is read.
+            outputs: for each image {"instances": Instances} with pred_boxes (XYXY, pixels),
+                scores, pred_classes and perhaps pred_masks, (N, H, W) of the original image.
+
+        Raises:
+            PredictionError: for unknown images or classes, non-finite numbers, and missing masks.
+        """
+        for model_input, output in zip(inputs, outputs, strict=True):
+            image_id = model_input["image_id"]
+            _check_image_id(image_id, self._ground_truth)
+            if image_id in self._seen:
+                logger.warning("Image %s came twice; its first detections stay.", image_id)
+                continue
+            if "instances" not in output:
+                raise PredictionError(
+                    f"The model's output for image {image_id} has no 'instances': LVIS "
+                    "evaluation needs detections, not proposals."
+                )
+            self._seen.add(image_id)
+            instances = output["instances"].to("cpu")
+            # The mask head of an image without detections may leave no pred_masks.
+            has_masks = instances.has("pred_masks")
+            if has_masks or len(instances):
+                self._mask_presence.add(has_masks)
+            detections = self._to_lvis_format(instances, image_id)
+            if self._ground_truth.has_annotations:
+                self._match(image_id, detections, has_masks)
+            if self._writer is not None:
+                self._writer.write(detections)
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
+        """Compute the measures of all processes' predictions.
+
+        Returns:
+            {"bbox": {measure: percent}, "segm": {...}}; see `evaluate_lvis_predictions`. Empty
+            where the process is not the main one, and if there is no ground truth.
+
+        Raises:
+            PredictionError: if the images disagree on whether predictions have masks.
+        """
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        parts = [(self._streams, self._seen, self._mask_presence)]
+        if self._distributed:
+            comm.synchronize()
+            parts = comm.gather(parts[0], dst=0)
+            if not comm.is_main_process():
+                return OrderedDict()
+        if not self._ground_truth.has_annotations:
+            logger.info(
+                "%s has no annotations, so nothing is evaluated.", self._ground_truth.json_file
+            )
+            return OrderedDict()
+
+        streams, seen, mask_presence = zip(*parts, strict=True)
+        self._report_coverage(seen)
+        return OrderedDict(
+            (task, self._evaluate_task(task, [s[task] for s in streams]))
+            for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence))
+        )
+
+    def _to_lvis_format(self, instances: Instances, image_id: int) -> list[dict]:
+        classes = instances.pred_classes
+        num_classes = len(self._category_of_class)
+        if ((classes < 0) | (classes >= num_classes)).any():
+            raise PredictionError(
+                f"Image {image_id} has predicted classes from {int(classes.min())} to "
+                f"{int(classes.max())}, but {self._ground_truth.json_file} has the classes 0 to "
+                f"{num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to {num_classes}."
+            )
+        detections = instances_to_coco_json(instances, image_id)
+        for detection in detections:
+            detection["category_id"] = self._category_of_class[detection["category_id"]]
+        _check_finite(detections)
+        return detections
+
+    def _match(self, image_id: int, detections: list[dict], has_masks: bool) -> None:
+        for task, stream in self._streams.items():
+            if task == "segm" and not has_masks:
+                if self._tasks is not None and detections:
+                    raise PredictionError(
+                        f"The task 'segm' needs masks, but image {image_id} has no pred_masks: "
+                        "set MODEL.MASK_ON to True or leave the task out."
+                    )
+                continue
+            _update(
+                stream, self._ground_truth, task, image_id, detections, self._max_dets_per_image
+            )
+
+    def _report_coverage(self, seen: Sequence[set[int]]) -> None:
+        union = set().union(*seen)
+        repeated = sum(map(len, seen)) - len(union)
+        if repeated:
+            logger.warning("%d images were processed by two processes; one counts.", repeated)
+        unseen = len(self._ground_truth.images) - len(union)
+        if unseen:
+            logger.warning(
+                "%d of %d images were not processed and count as images without detections.",
+                unseen,
+                len(self._ground_truth.images),
+            )
+
+    def _evaluate_task(self, task: str, streams: Sequence[StreamingEval]) -> dict[str, float]:
+        # When streams share an image, the last one counts. With all images empty in the first
+        # stream, those that nobody processed are counted without knowing which they are.
+        empty = _new_stream(self._ground_truth, task)
+        for image_id in self._ground_truth.images:
+            _update(empty, self._ground_truth, task, image_id, (), self._max_dets_per_image)
+        evaluation = StreamingEval.merge([empty, *streams]).finalize()
+        result = _summarize(
+            evaluation,
+            self._ground_truth,
+            self._class_counts,
+            self._count_thresholds,
+            self._max_dets_per_image,
+        )
+        logger.info("Evaluation results for %s:\n%s", task, create_small_table(result.metrics))
+        if self._class_counts is not None:
+            table = bin_table(result.ap, self._class_counts, self._count_thresholds)
+            logger.info("AP by training instances for %s:\n%s", task, table)
+        if self._output_dir:
+            write_per_class_csv(
+                os.path.join(self._output_dir, f"per_class_{task}.csv"),
+                categories=self._ground_truth.categories,
+                validation_instances=self._ground_truth.instances_per_category(),
+                ap=result.ap,
+                ap50=result.ap50,
+                class_counts=self._class_counts,
+            )
+        return result.metrics
+
+
+class _JsonListWriter:
+    """Writes dicts to a JSON list one by one, so that no detection has to be kept."""
+
+    def __init__(self, path: str) -> None:
+        self._file = PathManager.open(path, "w")
+        self._file.write("[")
+        self._separator = ""
+
+    def write(self, entries: Iterable[dict]) -> None:
+        for entry in entries:
+            self._file.write(self._separator + json.dumps(entry))
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        self._file.write("]\n")
+        self._file.close()
+
+
+def _results_file_name() -> str:
+    part = f"_rank{comm.get_rank()}" if comm.get_world_size() > 1 else ""
+    return f"lvis_instances_results{part}.json"
+
+
+def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
+    if mask_presence == {True, False}:
+        raise PredictionError(
+            "Some images have pred_masks and others do not: pass tasks=('bbox',) to evaluate "
+            "boxes only."
+        )
+    return TASKS if mask_presence == {True} else ("bbox",)
+
+
+def _new_stream(ground_truth: LVISGroundTruth, iou_type: str) -> StreamingEval:
+    return StreamingEval(ground_truth.categories, iou_type, lvis_style=True)
+
+
+def _update(
+    stream: StreamingEval,
+    ground_truth: LVISGroundTruth,
+    iou_type: str,
+    image_id: int,
+    detections: Sequence[Mapping],
+    max_dets: int,
+) -> None:
+    """Match one image's detections (LVIS results format) with its ground truth."""
+    stream.update(
+        [ground_truth.images[image_id]],
+        _ground_truth_of_image(ground_truth, iou_type, image_id),
+        _prepare_detections(detections, iou_type, max_dets),
+    )
+
+
+def _ground_truth_of_image(
+    ground_truth: LVISGroundTruth, iou_type: str, image_id: int
+) -> list[dict]:
+    annotations = []
+    for annotation in ground_truth.annotations.get(image_id, ()):
+        if iou_type == "segm" and "segmentation" not in annotation:
+            raise AnnotationError(
+                f"Annotation {annotation['id']} of {ground_truth.json_file} has no "
+                "'segmentation': masks cannot be evaluated, pass tasks=('bbox',)."
+            )
+        kept = {key: annotation[key] for key in (*_ANNOTATION_KEYS, _GEOMETRY_KEY[iou_type])}
+        if annotation.get("ignore"):
+            kept["area"] = _AREA_OF_IGNORED
+        annotations.append(kept)
+    return annotations
+
+
+def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: int) -> list[dict]:
+    """Cap and filter one image's detections in lvis-api's order.
+
+    The cap comes first and over all classes, so a detection without area takes a place from a
+    better one; equal scores keep the order in which the detector gave them.
+    """
+    if not detections:
+        return []
+    kept = sorted(detections, key=lambda detection: -detection["score"])[:max_dets]
+    if iou_type == "segm":
+        # One by one: pycocotools' area of a list fails beyond 255 masks with numpy 2.
+        areas = [mask_utils.area(detection["segmentation"]) for detection in kept]
+    else:
+        areas = [detection["bbox"][2] * detection["bbox"][3] for detection in kept]
+    # hotcoco takes the area of a box that is there for the area of the mask, so it gets no box.
+    keys = ("image_id", "category_id", "score", _GEOMETRY_KEY[iou_type])
+    return [
+        {key: detection[key] for key in keys}
+        for detection, area in zip(kept, areas, strict=True)
+        if area > 0
+    ]
+
+
+def _summarize(
+    evaluation: COCOeval,
+    ground_truth: LVISGroundTruth,
+    class_counts: np.ndarray | None,
+    count_thresholds: Sequence[int],
+    max_dets: int,
+) -> LVISResult:
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # (T, R, K, areas)
+    recall = evaluation.eval["recall"][..., -1]  # (T, K, areas)
+    iou_thresholds = np.array(evaluation.params.iou_thrs)
+    at_50, at_75 = (np.isclose(iou_thresholds, iou) for iou in (0.5, 0.75))
+    every_size, small, medium, large = range(4)
+    of_frequency = {
+        frequency: [c["frequency"] == frequency for c in ground_truth.categories]
+        for frequency in _FREQUENCIES
+    }
+
+    metrics = {
+        "AP": _percent(precision[..., every_size]),
+        "AP50": _percent(precision[at_50, ..., every_size]),
+        "AP75": _percent(precision[at_75, ..., every_size]),
+        "APs": _percent(precision[..., small]),
+        "APm": _percent(precision[..., medium]),
+        "APl": _percent(precision[..., large]),
+        **{
+            f"AP{frequency}": _percent(precision[:, :, classes, every_size])
+            for frequency, classes in of_frequency.items()
+        },
+        f"AR@{max_dets}": _percent(recall[..., every_size]),
+    }
+    ap = 100 * per_class_ap(precision[..., every_size])
+    if class_counts is not None:
+        bin_aps = ap_per_bin(ap, class_counts, count_thresholds)
+        metrics.update(bin_aps, bAP=balanced_ap(bin_aps))
+    return LVISResult(metrics, ap, ap50=100 * per_class_ap(precision[at_50, ..., every_size]))
+
+
+def _percent(values: np.ndarray) -> float:
+    """Mean of the defined entries in percent; -1 marks what has no ground truth."""
+    defined = values[values > -1]
+    return 100 * float(defined.mean()) if defined.size else float("nan")
+
+
+def _check_lvis_format(data: Mapping, json_file: str) -> None:
+    # hotcoco takes missing federated lists for empty ones and goes on with other numbers.
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        for image in data["images"]:
+            if key not in image:
+                raise AnnotationError(
+                    f"Image {image['id']} of {json_file} has no '{key}': evaluate COCO-format "
+                    "data sets with LongTailCOCOEvaluator, or add the key to every image."
+                )
+    for category in data["categories"]:
+        if category.get("frequency") not in _FREQUENCIES:
+            raise AnnotationError(
+                f"Category {category['id']} of {json_file} has no 'frequency' among 'r', 'c' and "
+                "'f': add the key to every category."
+            )
+    category_ids = {category["id"] for category in data["categories"]}
+    image_ids = {image["id"] for image in data["images"]}
+    for annotation in data["annotations"]:
+        missing = [key for key in _ANNOTATION_KEYS if key not in annotation]
+        if missing:
+            raise AnnotationError(
+                f"An annotation of {json_file} has no '{missing[0]}': add the key to every "
+                "annotation."
+            )
+        if annotation["category_id"] not in category_ids or annotation["image_id"] not in image_ids:
+            raise AnnotationError(
+                f"Annotation {annotation['id']} of {json_file} names a category or image that "
+                "the file does not list: correct its 'category_id' and 'image_id'."
+            )
+
+
+def _check_image_id(image_id: int, ground_truth: LVISGroundTruth) -> None:
+    if image_id not in ground_truth.images:
+        raise PredictionError(
+            f"Predictions are for image {image_id}, which {ground_truth.json_file} does not list: "
+            "evaluate with the annotations of the data set that was predicted."
+        )
+
+
+def _check_detections(
+    detections: Sequence[Mapping], ground_truth: LVISGroundTruth, iou_type: str
+) -> None:
+    geometry = _GEOMETRY_KEY[iou_type]
+    known = set(ground_truth.category_ids)
+    for detection in detections:
+        if geometry not in detection:
+            raise PredictionError(
+                f"A detection in image {detection['image_id']} has no '{geometry}', which the "
+                f"evaluation of '{iou_type}' needs: add it, or evaluate the other type."
+            )
+        if detection["category_id"] not in known:
+            raise PredictionError(
+                f"A detection in image {detection['image_id']} is of category "
+                f"{detection['category_id']}, which {ground_truth.json_file} does not list: use "
+                "the file's category ids."
+            )
+    _check_finite(detections)
+
+
+def _check_finite(detections: Sequence[Mapping]) -> None:
+    values = [value for d in detections for value in (d["score"], *d.get("bbox", ()))]
+    if not np.isfinite(values).all():
+        raise PredictionError(
+            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
+            "has diverged, or its checkpoint is damaged."
+        )
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    if not tasks or isinstance(tasks, str) or not set(tasks) <= set(TASKS):
+        raise ConfigError(f"tasks must be a tuple of 'bbox' and 'segm', not {tasks!r}.")
+
+
+def _check_max_dets(max_dets: int) -> None:
+    if not 1 <= max_dets <= MAX_DETS_LIMIT:
+        raise ConfigError(
+            f"max_dets_per_image (TEST.DETECTIONS_PER_IMAGE) is {max_dets}: set it between 1 and "
+            f"{MAX_DETS_LIMIT}, the limit of the LVIS challenge."
+        )

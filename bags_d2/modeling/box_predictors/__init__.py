@@ -1,0 +1,6 @@
+"""Classifiers of the RoI heads, one file each."""
+
+from .bags import BAGSOutputLayers
+from .build import ROI_BOX_PREDICTOR_REGISTRY, build_box_predictor
+
+__all__ = ["ROI_BOX_PREDICTOR_REGISTRY", "BAGSOutputLayers", "build_box_predictor"]

@@ -1,0 +1,96 @@
+"""Detectron2's RoI heads with the classifier taken from a registry.
+
+Both classes are their parent in everything but the box predictor, so that any classifier of
+:data:`ROI_BOX_PREDICTOR_REGISTRY` serves Faster, Mask and Cascade R-CNN alike. As with the
+parents, each can be built from a config or from explicit keyword arguments.
+"""
+
+from detectron2.config import configurable
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+
+from ..errors import ConfigError
+from .box_predictors import build_box_predictor
+
+__all__ = ["LongTailCascadeROIHeads", "LongTailROIHeads"]
+
+
+@ROI_HEADS_REGISTRY.register()
+class LongTailROIHeads(StandardROIHeads):
+    """``StandardROIHeads`` with the box predictor of ``MODEL.ROI_BOX_PREDICTOR.NAME``."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictor"] = build_box_predictor(cfg, ret["box_head"].output_shape)
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class LongTailCascadeROIHeads(CascadeROIHeads):
+    """``CascadeROIHeads`` with the box predictors of ``MODEL.ROI_BOX_PREDICTOR.NAME``.
+
+    At inference the stages are merged by averaging either their raw logits, which are then turned
+    into probabilities once (as the authors of BAGS do), or their probabilities (as Detectron2
+    does).
+    """
+
+    @configurable
+    def __init__(self, *, average: str = "logits", **kwargs) -> None:
+        """
+        Args:
+            average: "logits" or "probs".
+            **kwargs: as for ``CascadeROIHeads``.
+
+        Raises:
+            ConfigError: for another value of ``average``.
+        """
+        if average not in ("logits", "probs"):
+            raise ConfigError(
+                f"MODEL.BAGS.CASCADE_AVERAGE must be 'logits' or 'probs', found '{average}'"
+            )
+        super().__init__(**kwargs)
+        self.average = average
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        ret["average"] = cfg.MODEL.BAGS.CASCADE_AVERAGE
+        return ret
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictors"] = [
+            build_box_predictor(
+                cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=weights)
+            )
+            for head, weights in zip(
+                ret["box_heads"], cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS, strict=True
+            )
+        ]
+        return ret
+
+    def _forward_box(self, features, proposals, targets=None):
+        if self.training or self.average == "probs":
+            return super()._forward_box(features, proposals, targets)
+        features = [features[f] for f in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        mean_logits, boxes = 0, None
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            logits, deltas = self._run_stage(features, proposals, stage)
+            boxes = predictor.predict_boxes((logits, deltas), proposals)
+            mean_logits = mean_logits + logits / self.num_cascade_stages
+        scores = predictor.predict_probs((mean_logits, deltas), proposals)
+        instances, _ = fast_rcnn_inference(
+            boxes,
+            scores,
+            image_sizes,
+            predictor.test_score_thresh,
+            predictor.test_nms_thresh,
+            predictor.test_topk_per_image,
+        )
+        return instances

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector of bags_d2; flags are those of Detectron2's own train_net.py."""
+
+import functools
+import sys
+
+from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from bags_d2 import BagsError, BAGSTrainer
+from bags_d2.engine import LongTailCheckpointer, check_files, setup_cfg
+
+
+def main(args):
+    cfg = setup_cfg(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
+    if args.eval_only:
+        model = BAGSTrainer.build_model(cfg)
+        LongTailCheckpointer(model, cfg.OUTPUT_DIR, evaluating=True).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = BAGSTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(BAGSTrainer.test_with_tta(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = BAGSTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        tta = functools.partial(BAGSTrainer.test_with_tta, cfg, trainer.model)
+        trainer.register_hooks([hooks.EvalHook(0, tta)])
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        # Once before processes are launched: one sentence instead of one traceback for each.
+        check_files(setup_cfg(args), args.eval_only, args.resume)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except BagsError as error:
+        sys.exit(f"Error: {error}")
