@@ -110,7 +110,7 @@ def register_builtin_datasets(root: str) -> None:
 
 
 def lvis_v1_counts() -> dict[str, list[int]]:
-    """``instance_count`` and ``image_count`` of the LVIS v1 training set, by category id 1..1203."""
+    """Training ``instance_count`` and ``image_count`` of LVIS v1, by category id 1..1203."""
     text = resources.files(__package__).joinpath("lvis_v1_train_counts.json").read_text()
     return json.loads(text)
 

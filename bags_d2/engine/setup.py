@@ -75,7 +75,8 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
                 raise MissingFileError(missing_dataset_message(name, path))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but there is no CUDA device; add MODEL.DEVICE cpu."
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but there is no CUDA device; add "
+            "'MODEL.DEVICE cpu' to the command."
         )
     resumes = resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     weights = cfg.MODEL.WEIGHTS

@@ -15,6 +15,17 @@ from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
 
+__all__ = [
+    "ap_per_bin",
+    "balanced_ap",
+    "bin_index",
+    "bin_table",
+    "check_class_counts",
+    "contiguous_classes",
+    "per_class_ap",
+    "write_per_class_csv",
+]
+
 DEFAULT_COUNT_THRESHOLDS = (10, 100, 1000)
 
 
@@ -25,7 +36,7 @@ def bin_index(
     """Find the bin of each count among half-open bins.
 
     Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), the
-    evaluation bins of the Balanced Group Softmax paper, section 4.1.
+    bins that the Balanced Group Softmax paper reports AP for.
 
     Args:
         counts: (K,) training instances of each class.

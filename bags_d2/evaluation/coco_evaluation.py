@@ -26,6 +26,8 @@ from .bins import (
     write_per_class_csv,
 )
 
+__all__ = ["LongTailCOCOEvaluator"]
+
 logger = logging.getLogger(__name__)
 
 

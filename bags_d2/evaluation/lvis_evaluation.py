@@ -39,6 +39,15 @@ from .bins import (
     write_per_class_csv,
 )
 
+__all__ = [
+    "AnnotationError",
+    "LVISGroundTruth",
+    "LVISResult",
+    "LongTailLVISEvaluator",
+    "PredictionError",
+    "evaluate_lvis_predictions",
+]
+
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")

@@ -72,8 +72,8 @@ class ClassGroups(nn.Module):
             The grouping. Groups may be empty.
 
         Raises:
-            ConfigError (a ValueError): if counts are empty, negative or not whole numbers, or if thresholds are
-                not strictly increasing positive whole numbers.
+            ConfigError: (a ValueError) if counts are empty, negative or not whole numbers, or if
+                thresholds are not strictly increasing positive whole numbers.
         """
         thresholds = _checked_thresholds(thresholds)
         counts = torch.as_tensor(counts).detach().cpu()

@@ -1,0 +1,130 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bags_d2.evaluation import ap_per_bin, balanced_ap, bin_index
+from bags_d2.evaluation.bins import bin_table, contiguous_classes, per_class_ap, write_per_class_csv
+
+
+def slow_ap_per_bin(ap, counts, thresholds):
+    """Class by class and bound by bound, the definition read aloud."""
+    bounds = [0, *thresholds, math.inf]
+    result = {}
+    for i in range(len(bounds) - 1):
+        members = []
+        for class_ap, count in zip(ap, counts, strict=True):
+            if bounds[i] <= count < bounds[i + 1] and not math.isnan(class_ap):
+                members.append(class_ap)
+        result[f"AP{i + 1}"] = sum(members) / len(members) if members else math.nan
+    return result
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, 0), (9, 0), (10, 1), (99, 1), (100, 2), (999, 2), (1000, 3), (10**6, 3)],
+)
+def test_bins_are_half_open(count, expected):
+    assert bin_index([count], (10, 100, 1000)).tolist() == [expected]
+
+
+def test_counts_may_be_a_tensor():
+    assert bin_index(torch.tensor([5, 12, 2000, 7, 150])).tolist() == [0, 1, 3, 0, 2]
+
+
+def test_classes_without_ground_truth_are_left_out():
+    ap = [10.0, np.nan, 30.0, 50.0]
+    bins = ap_per_bin(ap, [1, 2, 3, 5000], (10, 100, 1000))
+    assert bins["AP1"] == 20.0
+    assert bins["AP4"] == 50.0
+    assert math.isnan(bins["AP2"])
+    assert math.isnan(bins["AP3"])
+    assert balanced_ap(bins) == 35.0
+
+
+def test_balanced_ap_of_nothing_is_undefined():
+    assert math.isnan(balanced_ap({"AP1": math.nan}))
+
+
+@given(
+    classes=st.lists(
+        st.tuples(st.one_of(st.just(math.nan), st.floats(0, 100)), st.integers(0, 5000)),
+        max_size=40,
+    ),
+    thresholds=st.lists(st.integers(1, 2000), unique=True, max_size=5).map(sorted),
+)
+def test_ap_per_bin_is_the_slow_definition(classes, thresholds):
+    ap = [class_ap for class_ap, _ in classes]
+    counts = [count for _, count in classes]
+    bins = ap_per_bin(ap, counts, thresholds)
+    assert list(bins) == [f"AP{i + 1}" for i in range(len(thresholds) + 1)]
+    assert bins == pytest.approx(slow_ap_per_bin(ap, counts, thresholds), nan_ok=True)
+    defined = [value for value in bins.values() if not math.isnan(value)]
+    if defined:
+        # Up to rounding, a mean of means stays between the worst class and the best.
+        values = [value for value in ap if not math.isnan(value)]
+        assert min(values) - 1e-9 <= balanced_ap(bins) <= max(values) + 1e-9
+    else:
+        assert math.isnan(balanced_ap(bins))
+
+
+@pytest.mark.parametrize("thresholds", [(10, 10), (100, 10), (0, 10), (-1,)])
+def test_thresholds_must_ascend(thresholds):
+    with pytest.raises(ValueError, match="count_thresholds must be positive"):
+        bin_index([1, 2], thresholds)
+
+
+def test_counts_must_fit():
+    with pytest.raises(ValueError, match="must not be negative"):
+        bin_index([1, -2])
+    with pytest.raises(ValueError, match=r"shape \(3,\).* has 2 classes"):
+        ap_per_bin([1.0, 2.0], [1, 2, 3])
+
+
+def test_per_class_ap_is_undefined_without_ground_truth():
+    precision = np.full((10, 101, 3), -1.0)
+    precision[..., 0] = 0.0
+    precision[..., 2] = np.linspace(1, 0, 101)
+    np.testing.assert_allclose(per_class_ap(precision), [0.0, np.nan, 0.5])
+
+
+def test_contiguous_classes():
+    assert contiguous_classes((3, 7, 9), None, "f.json").tolist() == [0, 1, 2]
+    assert contiguous_classes((3, 7, 9), {3: 2, 7: 0, 9: 1}, "f.json").tolist() == [2, 0, 1]
+    for wrong in ({3: 0, 7: 1}, {3: 0, 7: 1, 8: 2}, {3: 0, 7: 1, 9: 3}):
+        with pytest.raises(ValueError, match=r"one-to-one onto 0\.\.2"):
+            contiguous_classes((3, 7, 9), wrong, "f.json")
+
+
+def test_bin_table_shows_the_classes_behind_each_number():
+    table = bin_table(np.array([10.0, np.nan, 30.0]), np.array([5, 9, 400]), (10, 100))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[2] == ["AP1", "[0, 10)", "2", "1", "10.000"]
+    assert rows[4] == ["AP3", "[100, inf)", "1", "1", "30.000"]
+
+
+def test_per_class_csv(tmp_path):
+    path = tmp_path / "table.csv"
+    write_per_class_csv(
+        str(path),
+        categories=[{"id": 2, "name": "cat, black", "frequency": "r"}, {"id": 5, "name": "dog"}],
+        validation_instances=[4, 0],
+        ap=[12.34567, np.nan],
+        ap50=[20.0, np.nan],
+        class_counts=torch.tensor([7, 300]).numpy(),
+    )
+    rows = list(csv.DictReader(path.open()))
+    assert rows[0] == {
+        "category_id": "2",
+        "name": "cat, black",
+        "frequency": "r",
+        "training_instances": "7",
+        "validation_instances": "4",
+        "AP": "12.3457",
+        "AP50": "20.0000",
+    }
+    assert (rows[1]["frequency"], rows[1]["AP"], rows[1]["AP50"]) == ("", "", "")

@@ -1,0 +1,145 @@
+import csv
+import json
+import math
+import uuid
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from bags_d2.evaluation import LongTailCOCOEvaluator
+
+CATEGORY_IDS = (4, 9, 2, 30, 17, 11)  # in contiguous class order, not ascending
+COUNTS = (5, 9, 10, 150, 5000, 20)  # of those classes
+WITHOUT_GROUND_TRUTH = 11
+
+
+@pytest.fixture
+def coco_set(tmp_path):
+    """A random COCO-format set and the model's inputs and outputs on it."""
+    rng = np.random.default_rng(0)
+    annotations, results = [], []
+    for image_id in range(8):
+        boxes, classes = [], []
+        for _ in range(6):
+            x, y, w, h = (float(v) for v in rng.integers(10, 90, size=4))
+            category_id = int(rng.choice([c for c in CATEGORY_IDS if c != WITHOUT_GROUND_TRUTH]))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            if rng.random() < 0.7:
+                boxes.append(np.array([x, y, x + w, y + h]) + rng.normal(0, 2, size=4))
+                classes.append(CATEGORY_IDS.index(category_id))
+        boxes.append(np.array([0, 0, 50, 50]))
+        classes.append(int(rng.integers(len(CATEGORY_IDS))))
+        instances = Instances((200, 200))
+        instances.pred_boxes = Boxes(torch.tensor(np.array(boxes), dtype=torch.float32))
+        instances.scores = torch.from_numpy(rng.random(len(boxes)))
+        instances.pred_classes = torch.tensor(classes)
+        results.append(([{"image_id": image_id}], [{"instances": instances}]))
+
+    json_file = tmp_path / "coco.json"
+    json_file.write_text(
+        json.dumps(
+            {
+                "info": {},
+                "images": [{"id": i, "height": 200, "width": 200} for i in range(8)],
+                "annotations": annotations,
+                "categories": [{"id": c, "name": f"class_{c}"} for c in sorted(CATEGORY_IDS)],
+            }
+        )
+    )
+    name = f"test_coco_{uuid.uuid4().hex}"
+    MetadataCatalog.get(name).set(
+        json_file=str(json_file),
+        evaluator_type="coco",
+        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(CATEGORY_IDS)},
+    )
+    return name, json_file, results
+
+
+def run(evaluator, results):
+    evaluator.reset()
+    for inputs, outputs in results:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def ap_of_one_category(json_file, detections, category_id):
+    """AP by a run of pycocotools over this category alone."""
+    truth = COCO(str(json_file))
+    evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+    evaluation.params.catIds = [category_id]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * evaluation.stats[0] if evaluation.stats[0] >= 0 else math.nan
+
+
+def test_bins_and_table(coco_set, tmp_path):
+    name, json_file, results = coco_set
+    out = tmp_path / "out"
+    evaluator = LongTailCOCOEvaluator(name, output_dir=str(out), class_counts=COUNTS)
+    metrics = run(evaluator, results)["bbox"]
+
+    detections = json.loads((out / "coco_instances_results.json").read_text())
+    ap = {c: ap_of_one_category(json_file, detections, c) for c in CATEGORY_IDS}
+    assert math.isnan(ap[WITHOUT_GROUND_TRUTH])
+    # Counts 5 and 9; 10 (20 has no ground truth); 150; 5000.
+    expected = [(ap[4] + ap[9]) / 2, ap[2], ap[30], ap[17]]
+    assert [metrics[f"AP{i}"] for i in (1, 2, 3, 4)] == pytest.approx(expected)
+    assert metrics["bAP"] == pytest.approx(sum(expected) / 4)
+    assert 0 < metrics["bAP"] < 100
+
+    annotations = json.loads(json_file.read_text())["annotations"]
+    with (out / "per_class_bbox.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["category_id"]) for row in rows] == sorted(CATEGORY_IDS)
+    for row in rows:
+        category_id = int(row["category_id"])
+        assert row["name"] == f"class_{category_id}"
+        assert int(row["training_instances"]) == COUNTS[CATEGORY_IDS.index(category_id)]
+        assert int(row["validation_instances"]) == sum(
+            a["category_id"] == category_id and not a["iscrowd"] for a in annotations
+        )
+        assert float(row["AP"] or "nan") == pytest.approx(ap[category_id], abs=1e-4, nan_ok=True)
+
+
+def test_the_rest_is_detectron2(coco_set):
+    name, _, results = coco_set
+    stock = run(COCOEvaluator(name), results)["bbox"]
+    ours = run(LongTailCOCOEvaluator(name, class_counts=COUNTS), results)["bbox"]
+    assert {key: ours[key] for key in stock} == pytest.approx(stock, nan_ok=True)
+    assert set(ours) - set(stock) == {"AP1", "AP2", "AP3", "AP4", "bAP"}
+    without_counts = run(LongTailCOCOEvaluator(name), results)["bbox"]
+    assert set(without_counts) == set(stock)
+
+
+def test_no_detections(coco_set, tmp_path):
+    name, _, results = coco_set
+    for _, outputs in results:
+        outputs[0]["instances"] = outputs[0]["instances"][:0]
+    evaluator = LongTailCOCOEvaluator(name, output_dir=str(tmp_path), class_counts=COUNTS)
+    metrics = run(evaluator, results)["bbox"]
+    assert math.isnan(metrics["AP"])
+    assert math.isnan(metrics["bAP"])
+    assert (tmp_path / "per_class_bbox.csv").exists()
+
+
+def test_faulty_counts(coco_set):
+    with pytest.raises(ValueError, match="class_counts has shape"):
+        LongTailCOCOEvaluator(coco_set[0], class_counts=[1, 2, 3])
+    with pytest.raises(ValueError, match="strictly ascending"):
+        LongTailCOCOEvaluator(coco_set[0], class_counts=COUNTS, count_thresholds=(5, 5))

@@ -1,0 +1,109 @@
+"""Every config file loads, says what its name says, and builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+
+from bags_d2 import (
+    BAGSOutputLayers,
+    BAGSTrainer,
+    LongTailCascadeROIHeads,
+    LongTailROIHeads,
+    add_bags_config,
+)
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUNNABLE = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.name.startswith("Base-"))
+NUM_CLASSES = {"lvis": 1203, "lvis_v0.5": 1230, "coco": 80, "glyphs": 40}
+
+
+def load(name):
+    cfg = get_cfg()
+    add_bags_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def dataset_of(name):
+    return "lvis_v0.5" if name.startswith("lvis_v0.5") else name.partition("_")[0]
+
+
+@pytest.fixture
+def without_random_init(monkeypatch):
+    """Random weights take most of the time of building a large model, and nothing reads them."""
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+
+
+def test_front_door_configs_exist():
+    for name in ("lvis_bags_R50", "lvis_baseline_R50", "lvis_v0.5_bags_R50", "coco_bags_R50"):
+        assert name in RUNNABLE
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_config_holds_what_its_name_says(name):
+    cfg = load(name)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == NUM_CLASSES[dataset_of(name)]
+    assert cfg.MODEL.MASK_ON == ("_mask_" in name)
+    assert f"output/{name}" == cfg.OUTPUT_DIR
+    assert all(d in DatasetCatalog for d in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    is_stage2 = "_bags" in name or name.endswith("_retrained")
+    assert bool(cfg.MODEL.TRAINABLE_PARAMS) == is_stage2
+    if is_stage2 and not name.startswith("glyphs"):
+        stage1 = name.replace("_bags_", "_baseline_")
+        assert f"output/{stage1}/model_final.pth" == cfg.MODEL.WEIGHTS
+        assert stage1 in RUNNABLE
+    sampler = "RepeatFactorTrainingSampler" if name.endswith("_RFS") else "TrainingSampler"
+    assert sampler == cfg.DATALOADER.SAMPLER_TRAIN
+    assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("name", [n for n in RUNNABLE if n.startswith("lvis") and "RFS" not in n])
+def test_lvis_configs_are_the_recipe_of_the_paper(name):
+    cfg = load(name)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH) == (0.01, 16)
+    assert (cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY) == (0.9, 1e-4)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35.0)
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN) == ((800,), 1333)
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 300
+    num_images = 57_000 if "v0.5" in name else 100_170
+    assert cfg.SOLVER.MAX_ITER * 16 / num_images == pytest.approx(12, rel=0.01)
+    assert cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO == 8.0
+    assert cfg.MODEL.BAGS.GROUP_THRESHOLDS == (10, 100, 1000)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.usefixtures("without_random_init")
+def test_config_builds(name):
+    cfg = load(name)
+    model = BAGSTrainer.build_model(cfg)
+    heads = LongTailCascadeROIHeads if "_cascade_" in name else LongTailROIHeads
+    assert isinstance(model.roi_heads, heads)
+    predictors = model.roi_heads.box_predictor
+    predictors = predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]
+    assert len(predictors) == (3 if "_cascade_" in name else 1)
+    is_bags = "_bags" in name
+    for predictor in predictors:
+        assert type(predictor) is (BAGSOutputLayers if is_bags else FastRCNNOutputLayers)
+        num_classes = NUM_CLASSES[dataset_of(name)]
+        width = num_classes + (6 if is_bags else 1)
+        assert predictor.cls_score.out_features == width
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    if cfg.MODEL.TRAINABLE_PARAMS:
+        assert len(trainable) == 2 * len(predictors)
+        assert all(".cls_score." in n for n in trainable)
+
+
+def test_defaults_leave_stock_models_untouched():
+    stock = get_cfg()
+    stock.MODEL.DEVICE = "cpu"
+    ours = stock.clone()
+    add_bags_config(ours)
+    assert str(build_model(ours)) == str(build_model(stock))
