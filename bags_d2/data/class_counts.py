@@ -27,7 +27,7 @@ COUNTABLE = ("instances", "images")
 _SOURCES = {
     "lvis": "download it from https://www.lvisdataset.org/dataset",
     "coco": "download it from https://cocodataset.org/#download",
-    "glyphs": "build it with 'python tools/build_glyphs.py --preset {preset}'",
+    "glyphs": "build it with 'python tools/build_glyphs.py {preset}'",
 }
 
 

@@ -1,5 +1,6 @@
 """Loading checkpoints, with a plain account of what was not loaded."""
 
+import logging
 import os
 
 import torch
@@ -9,6 +10,8 @@ from ..errors import ConfigError, MissingFileError
 from ..modeling.groups import ClassGroups
 
 __all__ = ["LongTailCheckpointer"]
+
+logger = logging.getLogger(__name__)
 
 
 class LongTailCheckpointer(DetectionCheckpointer):
@@ -80,7 +83,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         if unfit:
             raise ConfigError(self._unfit_message(unfit, misshaped))
         if new and self.stage2:
-            self.logger.info(
+            logger.info(
                 "Newly initialised, as intended, since they train and '%s' has no such weights: %s",
                 self._path,
                 ", ".join(new),
