@@ -86,16 +86,23 @@ def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
         Long tensor (K,).
 
     Raises:
-        MissingFileError: if the annotation file does not exist.
-        DataError: if the annotation file is faulty.
+        MissingFileError: if the annotation file does not exist, or there is no such data set.
+        DataError: if the annotation file is faulty, or the classes have no names.
     """
     metadata = MetadataCatalog.get(dataset_name)
     known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
     if known is not None:
         return torch.tensor([row["image_count"] if isinstance(row, dict) else row for row in known])
+    if dataset_name not in DatasetCatalog:
+        raise MissingFileError(f"Data set '{dataset_name}' (DATASETS.TRAIN) is not registered.")
     json_file = metadata.get("json_file")
     if json_file is None:
-        return _count_records(DatasetCatalog.get(dataset_name), metadata.thing_classes, by)
+        records = DatasetCatalog.get(dataset_name)
+        if metadata.get("thing_classes") is None:  # asked after loading, which may set it
+            raise DataError(
+                f"Data set '{dataset_name}' has no class names; set 'thing_classes' in its metadata."
+            )
+        return _count_records(records, metadata.thing_classes, by)
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))

@@ -165,6 +165,7 @@ class BAGSTrainer(DefaultTrainer):
             ]
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
+            PathManager.mkdirs(output_folder)
             with PathManager.open(os.path.join(output_folder, "results.json"), "w") as file:
                 json.dump(_nan_to_none(results), file, indent=2)
         return results

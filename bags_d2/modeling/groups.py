@@ -120,7 +120,13 @@ class ClassGroups(nn.Module):
     @property
     def group_slices(self) -> tuple[slice, ...]:
         """Columns of group 0 and of every foreground group, length G + 1."""
-        return self._slices
+        stops = itertools.accumulate(self.widths)
+        return tuple(slice(b - w, b) for b, w in zip(stops, self.widths, strict=True))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of columns of group 0 and of every foreground group, length G + 1."""
+        return (2, *(size + 1 for size in self._sizes))
 
     @property
     def is_determined(self) -> bool:
@@ -146,22 +152,21 @@ class ClassGroups(nn.Module):
         return [f"[{a}, {b}): {n}" for (a, b), n in zip(pairs, self.sizes, strict=True)]
 
     def _lay_out(self) -> None:
-        """Derive slots, columns and slices from ``class_to_group``."""
+        """Derive slots, columns and sizes from ``class_to_group``."""
         groups = self.class_to_group.cpu()
         slots = torch.zeros_like(groups)
         columns = torch.zeros_like(groups)
-        start, sizes, slices = 2, [], [slice(0, 2)]
+        start, sizes = 2, []
         for g in range(1, self.num_groups + 1):
             members = (groups == g).nonzero().flatten()
             slots[members] = torch.arange(1, len(members) + 1)
             columns[members] = start + slots[members]
             sizes.append(len(members))
-            slices.append(slice(start, start + 1 + len(members)))
             start += 1 + len(members)
         device = self.class_to_group.device
         self.class_to_slot = slots.to(device)
         self.class_to_column = columns.to(device)
-        self._sizes, self._slices = tuple(sizes), tuple(slices)
+        self._sizes = tuple(sizes)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

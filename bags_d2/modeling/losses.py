@@ -48,14 +48,15 @@ def sample_others(
     num_in = in_group.sum(dim=1, keepdim=True)  # (G, 1)
     if math.isinf(others_sample_ratio):
         return ~in_group & (num_in > 0)
-    # float64 holds ratio * n exactly enough for int() to agree with Python's.
-    wanted = (num_in.double() * others_sample_ratio).long()
+    # In float64, as Python computes int(ratio * n); clamped, as a product may not fit an integer.
+    num_rois = in_group.shape[1]
+    wanted = (num_in.double() * others_sample_ratio).clamp(max=num_rois).long()
     keys = torch.rand(in_group.shape, generator=generator, device=in_group.device)
     # RoIs of the group itself go to the end of the ranking and are masked out afterwards, which
     # also covers the case that fewer "others" exist than are wanted.
     order = keys.masked_fill(in_group, 2.0).argsort(dim=1)
     rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank.scatter_(1, order, torch.arange(num_rois, device=order.device).expand_as(order))
     return (rank < wanted) & ~in_group
 
 
@@ -134,8 +135,9 @@ def group_softmax_loss(
     with torch.autocast(logits.device.type, enabled=False):
         losses = torch.stack(
             [
-                F.cross_entropy(logits[:, columns], target, reduction="none")
-                for columns, target in zip(groups.group_slices, targets, strict=True)
+                F.cross_entropy(part, target, reduction="none")
+                # split() rather than slices: its backward pass joins the parts' gradients once.
+                for part, target in zip(logits.split(groups.widths, dim=1), targets, strict=True)
             ]
         )  # (G + 1, R)
     # where() rather than a product: an infinite loss of an unused RoI must not turn into NaN.
@@ -164,7 +166,7 @@ def merge_group_probs(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor
     _check_width(logits, groups)
     logits = _at_least_float32(logits)
     with torch.autocast(logits.device.type, enabled=False):
-        probs = torch.cat([logits[:, s].softmax(dim=1) for s in groups.group_slices], dim=1)
+        probs = torch.cat([part.softmax(dim=1) for part in logits.split(groups.widths, 1)], dim=1)
     foreground = probs[:, 1:2]
     class_probs = probs.index_select(1, groups.class_to_column.to(logits.device)) * foreground
     return torch.cat([class_probs, probs[:, :1]], dim=1)

@@ -5,7 +5,7 @@ Both classes are their parent in everything but the box predictor, so that any c
 parents, each can be built from a config or from explicit keyword arguments.
 """
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
@@ -22,7 +22,7 @@ class LongTailROIHeads(StandardROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
+        ret = super()._init_box_head(_with_least_predictor(cfg), input_shape)
         ret["box_predictor"] = build_box_predictor(cfg, ret["box_head"].output_shape)
         return ret
 
@@ -61,7 +61,7 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
+        ret = super()._init_box_head(_with_least_predictor(cfg), input_shape)
         ret["box_predictors"] = [
             build_box_predictor(
                 cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=weights)
@@ -94,3 +94,16 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
             predictor.test_topk_per_image,
         )
         return instances
+
+
+def _with_least_predictor(cfg: CfgNode) -> CfgNode:
+    """A config whose stock box predictor, which the parent builds to no use, costs nothing.
+
+    Nor may it fail: federated loss would read the training set for it.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS = False
+    cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = False
+    return cfg

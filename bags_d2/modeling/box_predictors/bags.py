@@ -136,7 +136,7 @@ class BAGSOutputLayers(FastRCNNOutputLayers):
         # The parent's statistics want class scores with background last, not grouped logits.
         _log_classification_stats(merge_group_probs(logits, self.groups), gt_classes)
         targets = group_targets(gt_classes, self.groups)
-        predicted = torch.stack([logits[:, s].argmax(dim=1) for s in self.groups.group_slices])
+        predicted = torch.stack([p.argmax(dim=1) for p in logits.split(self.groups.widths, dim=1)])
         num_used = used.sum(dim=1)
         accuracy = ((predicted == targets) & used).sum(dim=1) / num_used.clamp(min=1)
         rows = torch.stack([group_losses.float(), accuracy, num_used.float()], dim=1).tolist()
