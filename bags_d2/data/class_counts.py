@@ -5,10 +5,9 @@ what training sees: crowd annotations are left out, as Detectron2's dataset mapp
 """
 
 import functools
-import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -16,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
+from .json_files import load_json
 
 __all__ = ["count_classes", "missing_dataset_message", "read_class_counts", "training_class_counts"]
 
@@ -53,8 +53,9 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
     names = cfg.DATASETS.TRAIN
     path = cfg.MODEL.BAGS.CLASS_COUNTS_FILE
     if path:
-        classes = MetadataCatalog.get(names[0]).get("thing_classes") if names else None
-        counts = read_class_counts(path, classes)
+        content = _load_counts_file(path)
+        # Only a file keyed by name needs the names, for which a data set may have to be loaded.
+        counts = _counts_from(path, content, _class_names(names) if _by_name(content) else None)
         source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
     elif names:
         counts = functools.reduce(torch.add, _counts_of_same_classes(names, by))
@@ -89,10 +90,16 @@ def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
         MissingFileError: if the annotation file does not exist, or there is no such data set.
         DataError: if the annotation file is faulty, or the classes have no names.
     """
+    return _counts_and_names(dataset_name, by)[0]
+
+
+def _counts_and_names(dataset_name: str, by: str) -> tuple[torch.Tensor, list[str] | None]:
+    """Counts (K,) and, where they can be had without loading the images list, K class names."""
     metadata = MetadataCatalog.get(dataset_name)
     known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
     if known is not None:
-        return torch.tensor([row["image_count"] if isinstance(row, dict) else row for row in known])
+        counts = [row["image_count"] if isinstance(row, dict) else row for row in known]
+        return torch.tensor(counts), metadata.get("thing_classes")
     if dataset_name not in DatasetCatalog:
         raise MissingFileError(f"Data set '{dataset_name}' (DATASETS.TRAIN) is not registered.")
     json_file = metadata.get("json_file")
@@ -100,19 +107,21 @@ def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
         records = DatasetCatalog.get(dataset_name)
         if metadata.get("thing_classes") is None:  # asked after loading, which may set it
             raise DataError(
-                f"Data set '{dataset_name}' has no class names; set 'thing_classes' in its metadata."
+                f"Data set '{dataset_name}' has no class names; set 'thing_classes' in its "
+                "metadata."
             )
-        return _count_records(records, metadata.thing_classes, by)
+        return _count_records(records, metadata.thing_classes, by), metadata.thing_classes
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))
     id_map = metadata.get("thing_dataset_id_to_contiguous_id")
     stat = os.stat(path)
-    counts = _count_json(path, (stat.st_mtime_ns, stat.st_size), frozenset((id_map or {}).items()))
-    return counts[COUNTABLE.index(by)].clone()
+    version = (stat.st_mtime_ns, stat.st_size)
+    counts, names = _count_json(path, version, frozenset((id_map or {}).items()))
+    return counts[COUNTABLE.index(by)].clone(), list(names)
 
 
-def read_class_counts(path: str, class_names: list[str] | None = None) -> torch.Tensor:
+def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> torch.Tensor:
     """Read a counts file: a JSON list in contiguous class order, or {class name: count}.
 
     Args:
@@ -126,25 +135,7 @@ def read_class_counts(path: str, class_names: list[str] | None = None) -> torch.
         MissingFileError: if there is no such file.
         DataError: if it is not such a JSON, or its classes are not those of the data set.
     """
-    key = "MODEL.BAGS.CLASS_COUNTS_FILE"
-    local = PathManager.get_local_path(path)
-    if not os.path.isfile(local):
-        raise MissingFileError(f"{key} '{path}' does not exist; correct the path or set it to ''.")
-    content = _load_json(local)
-    if isinstance(content, dict):
-        if class_names is None:
-            raise DataError(f"{key} '{path}' is keyed by name, but the class names are unknown.")
-        if set(content) != set(class_names):
-            odd = sorted(set(content) ^ set(class_names))[:5]
-            raise DataError(f"{key} '{path}' and the data set disagree on the classes {odd}.")
-        content = [content[name] for name in class_names]
-    valid = isinstance(content, list) and all(type(n) is int and n >= 0 for n in content)
-    if not valid or not content:
-        raise DataError(
-            f"{key} '{path}' must hold a JSON list of whole numbers of 0 or more, one for each "
-            "class, or an object {class name: count}."
-        )
-    return torch.tensor(content)
+    return _counts_from(path, _load_counts_file(path), class_names)
 
 
 def missing_dataset_message(dataset_name: str, path: str) -> str:
@@ -159,11 +150,54 @@ def missing_dataset_message(dataset_name: str, path: str) -> str:
     return f"'{path}' of data set '{dataset_name}' does not exist; {remedy}."
 
 
+def _load_counts_file(path: str):
+    local = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise MissingFileError(
+            f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}' does not exist; correct the path or set it to "
+            "''."
+        )
+    return load_json(local)
+
+
+def _by_name(content) -> bool:
+    return isinstance(content, dict)
+
+
+def _counts_from(path: str, content, class_names: Sequence[str] | None) -> torch.Tensor:
+    source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+    if _by_name(content):
+        if class_names is None:
+            raise DataError(
+                f"{source} is keyed by name, but the class names are unknown; register the data "
+                "set of DATASETS.TRAIN, or use a list in class order."
+            )
+        if set(content) != set(class_names):
+            odd = sorted(set(content) ^ set(class_names))[:5]
+            raise DataError(f"{source} and the data set disagree on the classes {odd}.")
+        content = [content[name] for name in class_names]
+    valid = isinstance(content, list) and all(type(n) is int and n >= 0 for n in content)
+    if not valid or not content:
+        raise DataError(
+            f"{source} must hold a JSON list of whole numbers of 0 or more, one for each class, "
+            "or an object {class name: count}."
+        )
+    return torch.tensor(content)
+
+
+def _class_names(dataset_names: Sequence[str]) -> list[str] | None:
+    """Class names of the first data set, which its loader may have to set first."""
+    if not dataset_names or dataset_names[0] not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(dataset_names[0])
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(dataset_names[0])
+    return metadata.get("thing_classes")
+
+
 def _counts_of_same_classes(names: Iterable[str], by: str) -> list[torch.Tensor]:
     """Counts of each data set, once they are known to share their classes."""
-    counts = [count_classes(name, by) for name in names]
-    # Names are known only after counting: loaders of custom data sets set them.
-    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    counts, classes = zip(*(_counts_and_names(name, by) for name in names), strict=True)
     for name, own, count in zip(names, classes, counts, strict=True):
         differ = own is not None and classes[0] is not None and list(own) != list(classes[0])
         if differ or len(count) != len(counts[0]):
@@ -171,7 +205,7 @@ def _counts_of_same_classes(names: Iterable[str], by: str) -> list[torch.Tensor]
                 f"The training sets '{names[0]}' and '{name}' have different classes; list only "
                 "data sets that share theirs in DATASETS.TRAIN."
             )
-    return counts
+    return list(counts)
 
 
 def _count_records(records: list[dict], classes: list[str], by: str) -> torch.Tensor:
@@ -184,19 +218,25 @@ def _count_records(records: list[dict], classes: list[str], by: str) -> torch.Te
 
 
 @functools.lru_cache(maxsize=32)
-def _count_json(path: str, version: tuple[int, int], id_map: frozenset) -> torch.Tensor:
-    """Long tensor (2, K): instances and images of each class of a COCO or LVIS JSON.
+def _count_json(
+    path: str, version: tuple[int, int], id_map: frozenset
+) -> tuple[torch.Tensor, tuple[str | None, ...]]:
+    """Instances and images of each class (2, K), and K class names, of a COCO or LVIS JSON.
 
     ``version`` (time and size of the file) is there for the cache alone.
     """
-    content = _load_json(path)
+    content = load_json(path)
     for section in ("annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise DataError(
                 f"'{path}' has no list '{section}': not a COCO or LVIS annotation file."
             )
-    ids = sorted(category["id"] for category in content["categories"])
-    # Detectron2's loaders number the categories in the order of their ids.
+    try:
+        name_of = {category["id"]: category.get("name") for category in content["categories"]}
+        # Detectron2's loaders number the categories in the order of their ids.
+        ids = sorted(name_of)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"'{path}': a category lacks a valid id ({error!r}).") from None
     to_class = dict(id_map) or {category_id: i for i, category_id in enumerate(ids)}
     counts = torch.zeros(2, max(to_class.values(), default=-1) + 1, dtype=torch.long)
     instances, images = counts[0].numpy(), counts[1].numpy()
@@ -204,26 +244,18 @@ def _count_json(path: str, version: tuple[int, int], id_map: frozenset) -> torch
     for annotation in content["annotations"]:
         if annotation.get("iscrowd", 0):
             continue
-        category_id = annotation["category_id"]
-        if category_id not in to_class:
+        category_id, image_id = annotation.get("category_id"), annotation.get("image_id")
+        c = to_class.get(category_id)
+        if c is None or image_id is None:
             raise DataError(
-                f"'{path}': annotation {annotation.get('id')} has category_id {category_id}, which "
-                "is not among its categories."
+                f"'{path}': annotation {annotation.get('id')} has category_id {category_id} and "
+                f"image_id {image_id}; it needs an image, and one of the file's categories."
             )
-        c = to_class[category_id]
         instances[c] += 1
-        if (c, annotation["image_id"]) not in seen:
-            seen.add((c, annotation["image_id"]))
+        if (c, image_id) not in seen:
+            seen.add((c, image_id))
             images[c] += 1
     logger.info("Counted %d instances of %d classes in %s", instances.sum(), len(instances), path)
-    return counts
-
-
-def _load_json(path: str):
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"'{path}' is not valid JSON ({error}); download or build it again."
-        ) from None
+    return counts, tuple(
+        name_of.get(category_id) for category_id in sorted(to_class, key=to_class.get)
+    )

@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from ..errors import DataError, MissingFileError
 from .class_counts import missing_dataset_message
 from .glyphs import PRESETS
+from .json_files import load_json
 
 __all__ = ["load_lvis_format", "register_builtin_datasets", "register_lvis_format"]
 
@@ -53,21 +54,23 @@ def load_lvis_format(json_file: str, image_root: str, dataset_name: str) -> list
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))
+    content = load_json(path)
     try:
-        with open(path) as file:
-            content = json.load(file)
         categories = sorted(content["categories"], key=lambda category: category["id"])
+        classes = [category["name"] for category in categories]
         images = sorted(content["images"], key=lambda image: image["id"])
-        annotations = content.get("annotations", [])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"'{json_file}' is not an LVIS annotation file: {error!r}.") from None
+        records = {image["id"]: _record(image, image_root) for image in images}
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"'{json_file}' is not an LVIS annotation file: 'categories' need id and name, "
+            f"'images' need id, height, width and coco_url or file_name ({error!r})."
+        ) from None
 
     to_class = {category["id"]: i for i, category in enumerate(categories)}
     MetadataCatalog.get(dataset_name).set(
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id=to_class,
+        thing_classes=classes, thing_dataset_id_to_contiguous_id=to_class
     )
-    records = {image["id"]: _record(image, image_root) for image in images}
+    annotations = content.get("annotations", [])
     for annotation in annotations:
         try:
             record = records[annotation["image_id"]]
@@ -112,7 +115,8 @@ def register_builtin_datasets(root: str) -> None:
 def lvis_v1_counts() -> dict[str, list[int]]:
     """Training ``instance_count`` and ``image_count`` of LVIS v1, by category id 1..1203."""
     text = resources.files(__package__).joinpath("lvis_v1_train_counts.json").read_text()
-    return json.loads(text)
+    content = json.loads(text)
+    return {key: content[key] for key in ("instance_count", "image_count")}
 
 
 def _record(image: dict, image_root: str) -> dict:

@@ -26,6 +26,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from hotcoco import COCOeval, StreamingEval
 
+from ..data.json_files import load_json
 from ..errors import ConfigError, DataError
 from .bins import (
     DEFAULT_COUNT_THRESHOLDS,
@@ -102,8 +103,7 @@ class LVISGroundTruth:
                 f"Annotation file {json_file} does not exist: download it, or correct json_file "
                 "where the data set is registered."
             )
-        with open(path) as file:
-            data = json.load(file)
+        data = load_json(path)
         if not isinstance(data, dict) or not {"images", "categories"} <= data.keys():
             raise AnnotationError(
                 f"{json_file} is not an LVIS annotation file: it needs the keys 'images', "
