@@ -1,9 +1,7 @@
 """Registration of data sets in LVIS format, and of the built-in ones."""
 
 import functools
-import json
 import os
-from importlib import resources
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -13,6 +11,7 @@ from ..errors import DataError, MissingFileError
 from .class_counts import missing_dataset_message
 from .glyphs import PRESETS
 from .json_files import load_json
+from .lvis_v1 import lvis_v1_counts
 
 __all__ = ["load_lvis_format", "register_builtin_datasets", "register_lvis_format"]
 
@@ -110,13 +109,6 @@ def register_builtin_datasets(root: str) -> None:
     MetadataCatalog.get("lvis_v1_train").set(
         class_instance_count=lvis_v1_counts()["instance_count"]
     )
-
-
-def lvis_v1_counts() -> dict[str, list[int]]:
-    """Training ``instance_count`` and ``image_count`` of LVIS v1, by category id 1..1203."""
-    text = resources.files(__package__).joinpath("lvis_v1_train_counts.json").read_text()
-    content = json.loads(text)
-    return {key: content[key] for key in ("instance_count", "image_count")}
 
 
 def _record(image: dict, image_root: str) -> dict:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from importlib import resources
 from pathlib import Path
 
 import cv2
@@ -29,6 +28,8 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from .lvis_v1 import lvis_v1_counts
 
 __all__ = [
     "INSTANCE_BINS",
@@ -365,11 +366,6 @@ def _preset(name: str) -> GlyphPreset:
     return PRESETS[name]
 
 
-def _lvis_counts() -> tuple[int, ...]:
-    text = resources.files("bags_d2.data").joinpath("lvis_v1_train_counts.json").read_text("utf-8")
-    return tuple(json.loads(text)["instance_count"])
-
-
 def train_counts(preset: str, seed: int = 0) -> np.ndarray:
     """Training instances of every class: the plan that a built set meets exactly.
 
@@ -387,7 +383,7 @@ def train_counts(preset: str, seed: int = 0) -> np.ndarray:
         ValueError: the preset does not exist.
     """
     spec = _preset(preset)
-    counts = _lvis_counts() if spec.counts is None else spec.counts
+    counts = lvis_v1_counts()["instance_count"] if spec.counts is None else spec.counts
     capped = np.minimum(np.asarray(counts, np.int64), spec.count_cap)
     return np.random.default_rng([seed, 0]).permutation(capped)
 

@@ -1,5 +1,6 @@
 """Training counts of each class, from metadata, annotation files, records and counts files."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bags_d2 import ClassGroups, ConfigError, DataError, MissingFileError
-from bags_d2.data import class_counts, count_classes, read_class_counts, training_class_counts
+from bags_d2.data import count_classes, read_class_counts, training_class_counts
 from bags_d2.data.class_counts import missing_dataset_message
 
 # Ids with gaps and out of order; contiguous classes are cat 0, dog 1, owl 2, yak 3.
@@ -125,40 +126,37 @@ def test_counts_in_the_metadata_go_before_everything(register):
 
 
 def test_lvis_v1_needs_no_file_on_disk(cfg_of, monkeypatch):
-    monkeypatch.setattr(class_counts, "_count_json", lambda *_: pytest.fail("a file was read"))
-    instances = training_class_counts(cfg_of(["lvis_v1_train"], 1203))
+    cfg = cfg_of(["lvis_v1_train"], 1203)
+    cfg_by_images = cfg_of(["lvis_v1_train"], 1203, "MODEL.BAGS.COUNT_BY", "images")
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was read"))
+    instances = training_class_counts(cfg)
     assert len(instances) == 1203
     assert instances.sum() == 1_270_141
     assert ClassGroups.from_counts(instances).sizes == (200, 412, 334, 257)
-    images = training_class_counts(cfg_of(["lvis_v1_train"], 1203, "MODEL.BAGS.COUNT_BY", "images"))
+    images = training_class_counts(cfg_by_images)
     rows = MetadataCatalog.get("lvis_v1_train").class_image_count
     assert images.tolist() == [row["image_count"] for row in rows]
     assert (images <= instances).all()
     assert ClassGroups.from_counts(images).sizes != (200, 412, 334, 257)
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 4), st.sampled_from([3, 5, 8]), st.integers(0, 1)), max_size=30
-    )
-)
-def test_counting_a_file_is_counting_by_hand(tmp_path_factory, annotations):
-    path = tmp_path_factory.mktemp("counts") / "file.json"
-    content = {
-        "categories": [{"id": 8}, {"id": 3}, {"id": 5}],
-        "annotations": [
-            {"id": i, "image_id": im, "category_id": c, "iscrowd": crowd}
-            for i, (im, c, crowd) in enumerate(annotations)
-        ],
-    }
-    path.write_text(json.dumps(content))
-    instances, images = class_counts._count_json(str(path), (0, 0), frozenset())[0].tolist()
-    kept = [(im, c) for im, c, crowd in annotations if not crowd]
-    of_instances = Counter(c for _, c in kept)
-    of_images = Counter(c for _, c in set(kept))
-    assert instances == [of_instances[c] for c in (3, 5, 8)]
-    assert images == [of_images[c] for c in (3, 5, 8)]
+def test_counting_a_file_is_counting_by_hand(write_lvis, register):
+    numbers = itertools.count()
+    annotation = st.tuples(st.integers(1, 4), st.sampled_from([3, 5, 8]), st.integers(0, 1))
+
+    @settings(deadline=None, max_examples=30)
+    @given(st.lists(annotation, max_size=30))
+    def check(annotations):
+        name = f"counts_by_hand_{next(numbers)}"
+        path = write_lvis({8: "c", 3: "a", 5: "b"}, annotations, f"{name}.json")
+        register(name, path)
+        kept = [(image, c) for image, c, crowd in annotations if not crowd]
+        of_instances = Counter(c for _, c in kept)
+        of_images = Counter(c for _, c in set(kept))
+        assert count_classes(name).tolist() == [of_instances[c] for c in (3, 5, 8)]
+        assert count_classes(name, "images").tolist() == [of_images[c] for c in (3, 5, 8)]
+
+    check()
 
 
 # Faulty or missing data

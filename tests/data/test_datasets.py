@@ -8,8 +8,8 @@ from detectron2.structures import BoxMode
 
 from bags_d2 import DataError, MissingFileError
 from bags_d2.data import load_lvis_format
-from bags_d2.data.datasets import lvis_v1_counts
 from bags_d2.data.glyphs import PRESETS
+from bags_d2.data.lvis_v1 import lvis_v1_counts
 
 CONTENT = {
     "categories": [{"id": 30, "name": "owl"}, {"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
