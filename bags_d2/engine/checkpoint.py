@@ -5,6 +5,8 @@ import os
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import FrozenBatchNorm2d
+from fvcore.common.checkpoint import _strip_prefix_if_present
 
 from ..errors import ConfigError, MissingFileError
 from ..modeling.groups import ClassGroups
@@ -48,25 +50,25 @@ class LongTailCheckpointer(DetectionCheckpointer):
         is_local = path and "://" not in path
         if is_local and not os.path.isfile(path.partition("?")[0]):
             raise MissingFileError(f"Checkpoint '{path}' (MODEL.WEIGHTS) does not exist.")
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # the parent leaves it set after an error
 
     def _load_model(self, checkpoint):
+        weights = checkpoint["model"]
+        _strip_prefix_if_present(weights, "module.")
         grouped = {n: m for n, m in self.model.named_modules() if isinstance(m, ClassGroups)}
         for name, groups in grouped.items():
-            # Checked here since the parent drops tensors of another shape before loading.
-            loaded = checkpoint["model"].get(f"{name}.thresholds")
-            if loaded is not None and len(loaded) != len(groups.thresholds):
-                raise ConfigError(
-                    f"Checkpoint '{self._path}' was trained with class groups at "
-                    f"{tuple(torch.as_tensor(loaded).tolist())} and the model has "
-                    f"{tuple(groups.thresholds.tolist())}; set MODEL.BAGS.GROUP_THRESHOLDS to the "
-                    "checkpoint's."
-                )
-        before = {name: groups.class_to_group.clone() for name, groups in grouped.items()}
-        determined = {name for name, groups in grouped.items() if groups.is_determined}
+            self._check_groups(name, groups, weights)
+        before = {
+            name: groups.class_to_group.clone()
+            for name, groups in grouped.items()
+            if groups.is_determined and not self.evaluating
+        }
         incompatible = super()._load_model(checkpoint)
-        for name in determined if not self.evaluating else ():
-            if not torch.equal(before[name], grouped[name].class_to_group):
+        for name, class_to_group in before.items():
+            if not torch.equal(class_to_group, grouped[name].class_to_group):
                 raise ConfigError(
                     f"Checkpoint '{self._path}' groups the classes otherwise than the config "
                     "would (MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY, the training set); make them "
@@ -74,12 +76,32 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 )
         return incompatible
 
+    def _check_groups(self, name: str, groups: ClassGroups, weights: dict) -> None:
+        """Refuse other thresholds, and leave out the groups of other classes.
+
+        Done here since the parent drops single tensors of another shape before it loads the rest.
+        """
+        loaded = weights.get(f"{name}.class_to_group")
+        if loaded is not None and len(loaded) != groups.num_classes:
+            # The classifier of other classes is left out for its shape; so are all its groups.
+            for key in [k for k in weights if k.startswith(f"{name}.")]:
+                del weights[key]
+        thresholds = weights.get(f"{name}.thresholds")
+        if thresholds is not None and len(thresholds) != len(groups.thresholds):
+            raise ConfigError(
+                f"Checkpoint '{self._path}' was trained with class groups at "
+                f"{tuple(torch.as_tensor(thresholds).tolist())} and the model has "
+                f"{tuple(groups.thresholds.tolist())}; set MODEL.BAGS.GROUP_THRESHOLDS to the "
+                "checkpoint's."
+            )
+
     def _log_incompatible_keys(self, incompatible):
         misshaped = {key: (old, new) for key, old, new in incompatible.incorrect_shapes}
         missing = {*incompatible.missing_keys, *misshaped}
         parameters = dict(self.model.named_parameters())
         new = [name for name in parameters if name in missing]
         unfit = [name for name in new if self.evaluating or not parameters[name].requires_grad]
+        unfit += [name for name in self._frozen_norm_tensors() if name in missing]
         if unfit:
             raise ConfigError(self._unfit_message(unfit, misshaped))
         if new and self.stage2:
@@ -98,6 +120,16 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 [row for row in incompatible.incorrect_shapes if row[0] not in told],
             )
         )
+
+    def _frozen_norm_tensors(self) -> list[str]:
+        """Frozen layers hold their weights and statistics as buffers; those matter as much."""
+        return [
+            f"{name}.{buffer}"
+            for name, module in self.model.named_modules()
+            if isinstance(module, FrozenBatchNorm2d)
+            for buffer, _ in module.named_buffers()
+            if buffer != "num_batches_tracked"
+        ]
 
     def _unfit_message(self, names: list[str], misshaped: dict) -> str:
         first = names[0]

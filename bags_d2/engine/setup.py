@@ -4,6 +4,7 @@ import argparse
 import os
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -13,6 +14,9 @@ from ..data.class_counts import missing_dataset_message
 from ..errors import ConfigError, MissingFileError
 
 __all__ = ["check_files", "setup_cfg"]
+
+# What yacs raises for unknown keys, wrong types, and files that hold no mapping.
+_FAULTY_CONFIG = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
@@ -39,7 +43,11 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts or [])
-    except (KeyError, ValueError, AssertionError) as error:
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"'{error.filename}', a _BASE_ of '{path}', does not exist."
+        ) from None
+    except (*_FAULTY_CONFIG, yaml.YAMLError) as error:
         raise ConfigError(f"Config '{path}' with options {args.opts or []}: {error}") from error
     cfg.freeze()
     return cfg
@@ -79,7 +87,7 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
             "'MODEL.DEVICE cpu' to the command."
         )
     resumes = resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    weights = cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 allows ?matching_heuristics=True
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
         raise MissingFileError(
             f"Checkpoint '{weights}' (MODEL.WEIGHTS) does not exist{_how_to_make(weights)}."
