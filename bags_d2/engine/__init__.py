@@ -1,14 +1,19 @@
 """Trainer, checkpointing and the choice of what trains."""
 
 from .checkpoint import LongTailCheckpointer
+from .feature_cache import FeatureCache, extract_features
+from .fitting import fit_classifier
 from .setup import check_files, setup_cfg
 from .trainable import select_trainable_params
 from .trainer import BAGSTrainer
 
 __all__ = [
     "BAGSTrainer",
+    "FeatureCache",
     "LongTailCheckpointer",
     "check_files",
+    "extract_features",
+    "fit_classifier",
     "select_trainable_params",
     "setup_cfg",
 ]

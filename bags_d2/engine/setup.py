@@ -1,6 +1,7 @@
 """From command-line arguments to a checked config, before anything expensive starts."""
 
 import argparse
+import math
 import os
 
 import torch
@@ -42,7 +43,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         raise MissingFileError(f"Config file '{path}' does not exist.")
     try:
         cfg.merge_from_file(path)
-        cfg.merge_from_list(args.opts or [])
+        # YAML's infinity, which yacs takes for a word on the command line.
+        cfg.merge_from_list([math.inf if o == ".inf" else o for o in args.opts or []])
     except FileNotFoundError as error:
         raise MissingFileError(
             f"'{error.filename}', a _BASE_ of '{path}', does not exist."

@@ -18,7 +18,6 @@ from detectron2.engine import (
     create_ddp_model,
 )
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -27,6 +26,7 @@ from ..data.class_counts import training_class_counts
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.groups import ClassGroups
+from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from .checkpoint import LongTailCheckpointer
 from .trainable import freeze_norm_statistics, select_trainable_params
 

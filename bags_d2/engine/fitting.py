@@ -1,0 +1,273 @@
+"""Pass 2 of classifier fitting: train a box predictor's classifier on cached features.
+
+Shapes in this file: R RoIs of a per-device batch, D features of a RoI.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter
+from torch import nn
+
+from ..errors import ConfigError
+from .feature_cache import (
+    FeatureCache,
+    first_difference,
+    load_frozen_detector,
+    seed_generators,
+    select_config,
+)
+from .trainer import BAGSTrainer
+
+__all__ = ["CachedBatches", "ClassifierLoss", "fit_classifier"]
+
+logger = logging.getLogger(__name__)
+
+# Steps between lines in the log and in metrics.json. Detectron2's 20 would be a good part of the
+# time of steps that take milliseconds.
+LOG_PERIOD = 100
+
+Batch = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
+    """Fit the classifier of ``MODEL.ROI_BOX_PREDICTOR.NAME`` with the config's solver.
+
+    Initial weights are those that training online with the same ``SEED`` starts from. Progress is
+    kept in ``OUTPUT_DIR/fitting.pth``; a fit that was killed goes on from there, to the result
+    that it would have had. One process does all the work.
+
+    Args:
+        cfg: config of stage 2. ``SOLVER.REFERENCE_WORLD_SIZE`` is the number of devices whose
+            batches make one of ``SOLVER.IMS_PER_BATCH`` images: "others" are drawn, and losses
+            normalised, for each part by itself; 0 is one device. A negative ``SEED`` counts as 0.
+        folder: the feature cache.
+
+    Returns:
+        Path of ``OUTPUT_DIR/model_final.pth``: the whole detector with the fitted classifier.
+
+    Raises:
+        ConfigError: if the cache is of another detector, the config cannot be fitted from cached
+            features, or ``OUTPUT_DIR`` holds an unfinished fit of other settings.
+        DataError: if the cache is incomplete.
+        MissingFileError: if there is no cache, or no checkpoint.
+    """
+    cache = FeatureCache(folder)
+    cache.require(cfg)
+    seed_all_rng(_seed_of(cfg))
+    model = load_frozen_detector(cfg)
+    predictor = model.roi_heads.box_predictor
+    batches = CachedBatches(cache, *_batch_sizes(cfg), _seed_of(cfg))
+    optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
+    trainer = SimpleTrainer(
+        ClassifierLoss(predictor, model.device), batches, optimizer, gather_metric_period=LOG_PERIOD
+    )
+    output_dir = Path(cfg.OUTPUT_DIR)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(output_dir / "fitting.pth", cfg, cache, predictor)
+    writers = [CommonMetricPrinter(cfg.SOLVER.MAX_ITER), JSONWriter(output_dir / "metrics.json")]
+    trainer.register_hooks(
+        [
+            hooks.LRScheduler(optimizer, BAGSTrainer.build_lr_scheduler(cfg, optimizer)),
+            progress,  # after the scheduler, whose state it saves
+            hooks.PeriodicWriter(writers, period=LOG_PERIOD),
+        ]
+    )
+    batches.start = progress.resume()
+    logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
+    trainer.train(batches.start, cfg.SOLVER.MAX_ITER)
+
+    path = output_dir / "model_final.pth"
+    _save({"model": model.state_dict()}, path)
+    progress.path.unlink(missing_ok=True)
+    logger.info("The detector with the fitted classifier is in '%s'.", path)
+    return path
+
+
+class CachedBatches:
+    """Endless batches of cached images in the order of a training run.
+
+    As Detectron2's ``TrainingSampler`` does, every image comes once in an epoch, in a new order
+    each time, and batches run over the ends of epochs. Epoch after epoch takes the next view.
+    A batch follows from the seed and its step alone, so a run can go on anywhere.
+
+    Attributes:
+        start: step of the first batch.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, images_per_part: int, num_parts: int, seed: int = 0
+    ) -> None:
+        """
+        Args:
+            cache: the features.
+            images_per_part: images of a device's batch.
+            num_parts: devices.
+            seed: seed of the order.
+        """
+        self.cache = cache
+        self.images_per_part = images_per_part
+        self.num_parts = num_parts
+        self.seed = seed
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        keys = self._keys(self.start * self.images_per_part * self.num_parts)
+        while True:
+            yield [
+                self.cache.read(list(itertools.islice(keys, self.images_per_part)))
+                for _ in range(self.num_parts)
+            ]
+
+    def _keys(self, start: int) -> Iterator[tuple[int, int]]:
+        """View and image of every sample from a given one on."""
+        num_images = self.cache.num_images
+        generator = torch.Generator()
+        for epoch in itertools.count(start // num_images):
+            generator.manual_seed(_step_seed(self.seed, epoch))
+            order = torch.randperm(num_images, generator=generator).tolist()
+            for image in order[max(start - epoch * num_images, 0) :]:
+                yield epoch % self.cache.settings.views, image
+
+
+class ClassifierLoss(nn.Module):
+    """The classification loss of a box predictor on cached RoIs, as a model to train."""
+
+    def __init__(self, predictor: nn.Module, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            predictor: any box predictor of the registry.
+            device: where it computes.
+        """
+        super().__init__()
+        self.predictor = predictor
+        self.device = torch.device(device)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            batch: features (R, D) and labels (R,) of every device's RoIs.
+
+        Returns:
+            ``loss_cls``: the mean over devices, as DistributedDataParallel averages gradients.
+        """
+        with _without_box_regression(self.predictor):
+            losses = [self._loss(features, labels) for features, labels in batch]
+        return {"loss_cls": torch.stack(losses).mean()}
+
+    def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        boxes = Boxes(torch.zeros(len(labels), 4, device=self.device))  # nobody looks at them
+        rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
+        rois.gt_classes = labels.to(self.device, non_blocking=True)
+        predictions = self.predictor(features.to(self.device, non_blocking=True).float())
+        return self.predictor.losses(predictions, [rois])["loss_cls"]
+
+
+class _NoDeltas(nn.Module):
+    """Box deltas of nothing, in the shape of class-agnostic ones."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.new_zeros(len(features), 4)
+
+
+@contextlib.contextmanager
+def _without_box_regression(predictor: nn.Module) -> Iterator[None]:
+    """Leave the frozen box regression out: its K x 4 outputs cost more than the classifier.
+
+    What a predictor does for classification stays its own, whatever class of the registry it is.
+    """
+    bbox_pred = predictor.bbox_pred
+    predictor.bbox_pred = _NoDeltas()
+    predictor.box_reg_loss = lambda *_: 0.0
+    try:
+        yield
+    finally:
+        predictor.bbox_pred = bbox_pred
+        del predictor.box_reg_loss
+
+
+class _Progress(HookBase):
+    """Makes each step a function of its number, and saves what is needed to go on after it."""
+
+    def __init__(self, path: Path, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
+        self.path = path
+        self.period = cfg.SOLVER.CHECKPOINT_PERIOD
+        self.predictor = predictor
+        self.seed = _seed_of(cfg)
+        self.device = torch.device(cfg.MODEL.DEVICE).type
+        # What may differ between a fit and its continuation: where and how often, not what.
+        indifferent = ("MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+        self.settings = {
+            **select_config(cfg, ("MODEL.*", "SOLVER.*", "SEED"), indifferent),
+            "cache.checkpoint": cache.settings.checkpoint,
+            "cache.views": cache.settings.views,
+            "cache.rois_per_image": cache.settings.rois_per_image,
+        }
+
+    def resume(self) -> int:
+        """Restore an unfinished fit.
+
+        Returns:
+            The step to go on with, 0 if there is nothing to restore.
+        """
+        if not self.path.is_file():
+            return 0
+        saved = torch.load(self.path, weights_only=True, map_location="cpu")
+        difference = first_difference(saved["settings"], self.settings)
+        if difference:
+            raise ConfigError(
+                f"'{self.path}' is an unfinished fit with other settings: {difference}; delete it "
+                "or set another OUTPUT_DIR."
+            )
+        self.predictor.load_state_dict(saved["predictor"])
+        self.trainer.load_state_dict(saved["trainer"])
+        logger.info("Going on after step %d of '%s'", self.trainer.iter, self.path)
+        return self.trainer.iter + 1
+
+    def before_step(self) -> None:
+        # The predictor may draw from the global generators, BAGS its "others" among them.
+        seed_generators(_step_seed(self.seed, self.trainer.iter), self.device)
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            state = {
+                "settings": self.settings,
+                "predictor": self.predictor.state_dict(),
+                "trainer": self.trainer.state_dict(),
+            }
+            _save(state, self.path)
+
+
+def _batch_sizes(cfg: CfgNode) -> tuple[int, int]:
+    """Images of a device's batch, and the number of devices."""
+    num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
+    if num_images % num_parts:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {num_images} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{num_parts}; change one of them."
+        )
+    return num_images // num_parts, num_parts
+
+
+def _seed_of(cfg: CfgNode) -> int:
+    return max(cfg.SEED, 0)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step
+
+
+def _save(content: dict, path: Path) -> None:
+    """Write a file that is complete whenever it exists."""
+    partial = path.with_name(f"{path.name}.tmp")
+    torch.save(content, partial)
+    partial.replace(path)

@@ -1,0 +1,280 @@
+"""Pass 1 of classifier fitting: what is cached, and what becomes of interruptions and mistakes."""
+
+import collections
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.engine import launch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
+from bags_d2.data.datasets import load_lvis_format
+from bags_d2.data.glyphs import build_glyphs
+from bags_d2.engine import feature_cache
+from bags_d2.engine.feature_cache import (
+    FeatureCache,
+    extract_features,
+    load_frozen_detector,
+    roi_features,
+)
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
+NUM_IMAGES, NUM_CLASSES = 35, 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with the tiny data set and the checkpoint of a softmax detector, untrained."""
+    root = tmp_path_factory.mktemp("fitting")
+    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
+    return root
+
+
+@pytest.fixture
+def make_cfg(root, register, tmp_path):
+    """``make_cfg(*opts)``: config of stage 2, BAGS unless the options say otherwise."""
+    images = root / "glyphs_tiny"
+    json_file = str(images / "annotations" / "glyphs_tiny_train.json")
+
+    def load():
+        return load_lvis_format(json_file, str(images), "fitting_train")
+
+    register("fitting_train", load, json_file=json_file)
+
+    def make(*opts):
+        cfg = get_cfg()
+        add_bags_config(cfg)
+        cfg.merge_from_file(str(TINY))
+        cfg.merge_from_list(["DATASETS.TRAIN", ("fitting_train",), "DATASETS.TEST", ()])
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(root / "one.pth")])
+        if not (root / "one.pth").exists():
+            seed_all_rng(3)
+            torch.save({"model": BAGSTrainer.build_model(cfg).state_dict()}, root / "one.pth")
+        cfg.MODEL.TRAINABLE_PARAMS = ("roi_heads.box_predictor*cls_score.*",)
+        cfg.merge_from_list([*BAGS, *opts])
+        return cfg
+
+    return make
+
+
+def contents(folder):
+    """Bytes of every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def kill_at_call(number, module, name):
+    """Replace a function by one that ends the process as ``kill -9`` does, at its n-th call."""
+    original, calls = getattr(module, name), iter(range(1, 10_000))
+
+    def function(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, function)
+
+
+def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
+    cfg = make_cfg()
+    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.num_images == NUM_IMAGES
+
+    model = load_frozen_detector(cfg)
+    predictor = model.roi_heads.box_predictor
+    seen = {}
+
+    def losses(predictions, proposals):
+        seen["labels"] = torch.cat([p.gt_classes for p in proposals])
+        return {"loss_cls": predictions[0].sum()}
+
+    predictor.cls_score.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    predictor.losses = losses
+    # The second batch of the second shard, through the whole model.
+    keys = [(0, i) for i in range(24, 32)]
+    records = feature_cache.get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    images = feature_cache._Images(records, DatasetMapper(cfg, is_train=True))
+    batch = [images[key] for key in keys]
+    # The losses of the RPN would draw from the generator before RoIs are sampled.
+    with EventStorage(), feature_cache.without_rpn_losses(model.proposal_generator):
+        feature_cache.seed_generators(feature_cache._seed("sampling", *keys[0]))
+        model(batch)
+
+    features, labels = cache.read(keys)
+    assert features.dtype == torch.float16
+    assert torch.equal(labels, seen["labels"])
+    assert (labels < NUM_CLASSES).any()
+    assert (labels == NUM_CLASSES).any()
+    torch.testing.assert_close(features.float(), seen["x"], rtol=1e-3, atol=1e-4)
+    # In another order than written, and single images.
+    mixed = cache.read([(0, 33), (0, 2)])[0]
+    assert torch.equal(mixed, torch.cat([cache.read([(0, 33)])[0], cache.read([(0, 2)])[0]]))
+
+
+def test_views_differ_by_augmentation_and_sampling(make_cfg, tmp_path):
+    extract_features(make_cfg("INPUT.RANDOM_FLIP", "horizontal"), tmp_path / "cache", views=2)
+    cache = FeatureCache(tmp_path / "cache")
+    same = [torch.equal(cache.read([(0, i)])[0], cache.read([(1, i)])[0]) for i in range(5)]
+    assert not any(same)
+
+
+def test_fewer_rois_keep_all_foreground_and_some_background(make_cfg, tmp_path):
+    extract_features(make_cfg(), tmp_path / "all")
+    extract_features(make_cfg(), tmp_path / "some", rois_per_image=4)
+    everything, some = FeatureCache(tmp_path / "all"), FeatureCache(tmp_path / "some")
+    for image in range(NUM_IMAGES):
+        features, labels = everything.read([(0, image)])
+        kept, kept_labels = some.read([(0, image)])
+        num_foreground = int((labels < NUM_CLASSES).sum())
+        assert len(kept_labels) == max(4, num_foreground)
+
+        def count(labels):
+            return collections.Counter(labels[labels < NUM_CLASSES].tolist())
+
+        assert count(kept_labels) == count(labels)
+        # Each is one of the rows of the whole sample; other batch shapes round otherwise.
+        difference = (kept[:, None].float() - features[None].float()).abs().amax(dim=2)
+        assert difference.amin(dim=1).max() < 1e-3
+
+
+def test_killed_extraction_goes_on_to_the_same_bytes(make_cfg, tmp_path):
+    cfg = make_cfg()
+
+    def extract(folder, kill_at=0):
+        if kill_at:
+            kill_at_call(kill_at, feature_cache, "roi_features")
+        extract_features(cfg, tmp_path / folder, views=2, images_per_shard=16)
+
+    extract("whole")
+    fork = multiprocessing.get_context("fork")
+    for batch, num_shards in ((4, 1), (5, 3)):  # shards of 2, 2, 1 batches and again
+        process = fork.Process(target=extract, args=("killed", batch))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list((tmp_path / "killed").glob("view*/shard*"))) == num_shards
+    with pytest.raises(DataError, match="lacks 3 of 6 shards"):
+        FeatureCache(tmp_path / "killed")
+    # As if killed in the middle of writing.
+    partial = tmp_path / "killed" / "view1" / "shard00000.tmp"
+    partial.mkdir(parents=True)
+    (partial / "features.npy").write_bytes(b"half")
+    kept = tmp_path / "killed" / "view0" / "shard00000" / "features.npy"
+    written = kept.stat().st_mtime_ns
+    extract("killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert kept.stat().st_mtime_ns == written
+
+
+def _extract(cfg, folder):
+    torch.set_num_threads(1)
+    extract_features(cfg, folder, images_per_shard=8)
+
+
+def test_processes_share_the_work_and_write_the_same_bytes(make_cfg, tmp_path, root, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))  # the processes know no other data sets
+    cfg = make_cfg("DATASETS.TRAIN", ("glyphs_tiny_train",))
+    launch(_extract, 2, dist_url="auto", args=(cfg, tmp_path / "two"))
+    extract_features(make_cfg(), tmp_path / "one", images_per_shard=8)
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    del one["cache.json"], two["cache.json"]  # the data sets' names differ
+    assert one == two
+
+
+def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path, root):
+    cache = tmp_path / "cache"
+    extract_features(make_cfg(), cache)
+    with pytest.raises(ConfigError, match=r"cache' .* views is 1 there and 2 now; .*--cache"):
+        extract_features(make_cfg(), cache, views=2)
+    with pytest.raises(ConfigError, match=r"INPUT.MIN_SIZE_TRAIN is \[96\] there and \[64\] now"):
+        extract_features(make_cfg("INPUT.MIN_SIZE_TRAIN", (64,)), cache)
+    other = torch.load(root / "one.pth", weights_only=True)
+    other["model"]["roi_heads.box_head.fc1.bias"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="checkpoint is"):
+        FeatureCache(cache).require(make_cfg("MODEL.WEIGHTS", str(tmp_path / "other.pth")))
+    # What concerns the classifier, and where the checkpoint lies, makes no difference.
+    shutil.copy(root / "one.pth", tmp_path / "copy.pth")
+    indifferent = ("MODEL.BAGS.GROUP_THRESHOLDS", (50,), "SOLVER.BASE_LR", 1.0, "SEED", 7)
+    indifferent += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5)
+    indifferent += ("MODEL.WEIGHTS", str(tmp_path / "copy.pth"))
+    before = contents(cache)
+    extract_features(make_cfg(*indifferent), cache)
+    assert contents(cache) == before
+
+
+def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 3, 7))
+    needed = NUM_IMAGES * 2 * 32 * (32 * 2 + 4)
+    with pytest.raises(ConfigError, match=rf"needs up to {needed:,} bytes more .* 7 free; lower"):
+        extract_features(make_cfg(), tmp_path / "cache", views=2)
+    assert not contents(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads"), "MODEL.ROI_HEADS.NAME"),
+        (("MODEL.TRAINABLE_PARAMS", ()), "MODEL.TRAINABLE_PARAMS"),
+        (("MODEL.TRAINABLE_PARAMS", ("roi_heads.box_predictor.*",)), "bbox_pred"),
+        (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), "SAMPLER_TRAIN"),
+    ],
+)
+def test_what_a_cache_cannot_stand_for_is_refused(options, message, make_cfg, tmp_path):
+    agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+    with pytest.raises(ConfigError, match=message):
+        extract_features(make_cfg(*agnostic, *options), tmp_path / "cache")
+
+
+def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
+    with pytest.raises(MissingFileError, match=r"nowhere' is no feature cache"):
+        FeatureCache(tmp_path / "nowhere")
+    with pytest.raises(MissingFileError, match=r"absent\.pth.*MODEL\.WEIGHTS"):
+        extract_features(make_cfg("MODEL.WEIGHTS", str(tmp_path / "absent.pth")), tmp_path / "c")
+    with pytest.raises(ConfigError, match="--views"):
+        extract_features(make_cfg(), tmp_path / "c", views=0)
+    (tmp_path / "cache.json").write_text('{"settings": {"colour": "red"}, "num_images": 3}')
+    with pytest.raises(DataError, match=r"cache\.json' does not describe"):
+        FeatureCache(tmp_path)
+
+
+def test_features_beyond_float16_are_an_error(make_cfg, tmp_path, root):
+    weights = torch.load(root / "one.pth", weights_only=True)
+    weights["model"]["roi_heads.box_head.fc2.bias"] += 1e6
+    torch.save(weights, tmp_path / "huge.pth")
+    with np.errstate(over="ignore"), pytest.raises(DataError, match="not finite in float16"):
+        extract_features(make_cfg("MODEL.WEIGHTS", str(tmp_path / "huge.pth")), tmp_path / "c")
+
+
+def test_images_without_foreground_are_cached_as_background(make_cfg, make_batch):
+    model = load_frozen_detector(make_cfg())
+    batch = make_batch(2)
+    batch[0]["instances"] = batch[0]["instances"][:0]
+    with EventStorage():
+        (features, labels), _ = roi_features(model, batch, rois_per_image=5)
+    assert features.shape == (5, 32)
+    assert (labels == NUM_CLASSES).all()
+
+
+def test_a_mask_head_changes_nothing(make_cfg, make_batch):
+    # The mask head is built after the rest, so equal seeds give the rest equal weights.
+    seen = []
+    for mask_on in (False, True):
+        seed_all_rng(4)
+        model = BAGSTrainer.build_model(make_cfg("MODEL.MASK_ON", mask_on))
+        with EventStorage():
+            seed_all_rng(5)
+            seen.append(roi_features(model, make_batch(2), rois_per_image=9))
+    assert (seen[0][0][1] < NUM_CLASSES).any()
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)

@@ -1,0 +1,236 @@
+"""Pass 2 of classifier fitting: the same training as online, on cached features."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+import train_net
+from bags_d2 import BAGSTrainer, ConfigError, MissingFileError, add_bags_config
+from bags_d2.data import register_lvis_format
+from bags_d2.data.glyphs import build_glyphs
+from bags_d2.engine.feature_cache import (
+    FeatureCache,
+    extract_features,
+    load_frozen_detector,
+    roi_features,
+    without_rpn_losses,
+)
+from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, _Progress, fit_classifier
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+SETS = {"fitted_train": "train", "fitted_val": "val"}
+OPTIONS = [
+    *("DATASETS.TRAIN", "('fitted_train',)", "DATASETS.TEST", "('fitted_val',)"),
+    *("MODEL.TRAINABLE_PARAMS", "('roi_heads.box_predictor*cls_score.*',)"),
+    *("MODEL.BAGS.GROUP_THRESHOLDS", "(10, 100)"),
+]
+BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
+SOFTMAX = ("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
+SIGMOID = (*SOFTMAX, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True")
+NUM_IMAGES = 35
+
+
+def make_cfg(weights, output_dir, *opts):
+    cfg = get_cfg()
+    add_bags_config(cfg)
+    cfg.merge_from_file(str(TINY))
+    cfg.merge_from_list(OPTIONS)
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output_dir), *opts])
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """Folder with the tiny data set, an untrained detector, and a cache of its features."""
+    root = tmp_path_factory.mktemp("stage1")
+    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
+    images = root / "glyphs_tiny"
+    for name, split in SETS.items():
+        json_file = images / "annotations" / f"glyphs_tiny_{split}.json"
+        register_lvis_format(name, str(json_file), str(images))
+    cfg = make_cfg("", root)
+    seed_all_rng(3)
+    torch.save({"model": BAGSTrainer.build_model(cfg).state_dict()}, root / "model.pth")
+    extract_features(make_cfg(root / "model.pth", root, *BAGS), root / "cache", views=2)
+    yield root
+    for name in SETS:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def cfg_of(stage1, tmp_path):
+    """``cfg_of(*opts, run="run")``: config of a fit that writes to ``tmp_path / run``."""
+    return lambda *opts, run="run": make_cfg(stage1 / "model.pth", tmp_path / run, *opts)
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("predictor", [BAGS, SOFTMAX, SIGMOID], ids=["bags", "softmax", "sigmoid"])
+def test_gradient_of_a_step_is_that_of_the_online_step(predictor, cfg_of, stage1):
+    cfg = cfg_of(*predictor, "MODEL.BAGS.OTHERS_SAMPLE_RATIO", float("inf"))
+    model = load_frozen_detector(cfg)
+    mapper = DatasetMapper(cfg, is_train=True)
+    batch = [mapper(record) for record in DatasetCatalog.get("fitted_train")[:4]]
+    classifier = model.roi_heads.box_predictor.cls_score
+
+    def gradients(loss):
+        classifier.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in classifier.parameters()]
+
+    with EventStorage():
+        seed_all_rng(5)
+        with without_rpn_losses(model.proposal_generator):  # which would draw random numbers
+            online_loss = model(batch)["loss_cls"]
+        online = gradients(online_loss)
+        seed_all_rng(5)
+        rois = roi_features(model, batch)
+        features = torch.cat([f for f, _ in rois])
+        labels = torch.cat([x for _, x in rois])
+        loss_of = ClassifierLoss(model.roi_heads.box_predictor)
+        exact = gradients(loss_of([(features, labels)])["loss_cls"])
+        stored_loss = loss_of([(features.half(), labels)])["loss_cls"]
+        stored = gradients(stored_loss)
+    assert sum(g.abs().sum() for g in online) > 0
+    torch.testing.assert_close(exact, online, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stored_loss, online_loss, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stored, online, rtol=1e-2, atol=1e-4)
+
+
+def test_loss_is_the_mean_over_devices(cfg_of, stage1):
+    cache = FeatureCache(stage1 / "cache")
+    model = load_frozen_detector(cfg_of(*SOFTMAX))
+    loss_of = ClassifierLoss(model.roi_heads.box_predictor)
+    (batch,) = itertools.islice(CachedBatches(cache, images_per_part=2, num_parts=3), 1)
+    with EventStorage():
+        parts = torch.stack([loss_of([part])["loss_cls"] for part in batch])
+        torch.testing.assert_close(loss_of(batch)["loss_cls"], parts.mean())
+
+
+def test_every_image_comes_once_in_an_epoch_and_views_alternate(stage1):
+    cache = FeatureCache(stage1 / "cache")
+    batches = CachedBatches(cache, images_per_part=2, num_parts=2, seed=1)
+    keys = list(itertools.islice(batches._keys(0), 3 * NUM_IMAGES))
+    epochs = [keys[i : i + NUM_IMAGES] for i in range(0, len(keys), NUM_IMAGES)]
+    for number, epoch in enumerate(epochs):
+        assert {view for view, _ in epoch} == {number % 2}
+        assert sorted(image for _, image in epoch) == list(range(NUM_IMAGES))
+    assert epochs[0] != [(0, image) for _, image in epochs[2]]
+    # A batch follows from its step alone, also over the end of an epoch.
+    expected = list(itertools.islice(batches, 12))[7:]
+    batches.start = 7
+    torch.testing.assert_close(list(itertools.islice(batches, 5)), expected, rtol=0, atol=0)
+
+
+def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, stage1, tmp_path):
+    before = weights_of(stage1 / "model.pth")
+    for run, predictor in (("bags", BAGS), ("softmax", SOFTMAX)):
+        cfg = cfg_of(*predictor, "SOLVER.MAX_ITER", 30, "SOLVER.STEPS", (), run=run)
+        path = fit_classifier(cfg, stage1 / "cache")
+        assert path == tmp_path / run / "model_final.pth"
+        after = weights_of(path)
+        new = {k for k in after if "cls_score" in k or ".groups." in k}
+        assert after.keys() - new == {k for k in before if "cls_score" not in k}
+        assert all(torch.equal(after[k], before[k]) for k in after.keys() - new)
+        name = "roi_heads.box_predictor.cls_score.bias"
+        assert after[name].abs().sum() > 0
+        rows = [json.loads(r) for r in (tmp_path / run / "metrics.json").read_text().splitlines()]
+        assert not any("loss_box_reg" in row for row in rows)
+
+        options = [*OPTIONS, *predictor, "MODEL.WEIGHTS", str(path)]
+        options += ["OUTPUT_DIR", str(tmp_path / "eval"), "INPUT.MIN_SIZE_TEST", "64"]
+        flags = ["--config-file", str(TINY), "--eval-only"]
+        args = default_argument_parser().parse_args([*flags, *options])
+        assert "bAP" in train_net.main(args)["bbox"]
+
+
+def test_training_lowers_the_loss(cfg_of, stage1):
+    cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 1e-3)
+    batches = CachedBatches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1)
+
+    def loss(weights):
+        model = load_frozen_detector(cfg_of(*BAGS, "MODEL.WEIGHTS", str(weights)))
+        with EventStorage(), torch.no_grad():
+            return float(
+                ClassifierLoss(model.roi_heads.box_predictor)(next(iter(batches)))["loss_cls"]
+            )
+
+    torch.manual_seed(0)
+    before = loss(stage1 / "model.pth")
+    assert loss(fit_classifier(cfg, stage1 / "cache")) < 0.8 * before
+
+
+def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path):
+    def fit(run, kill_after=None):
+        options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
+        cfg = cfg_of(*BAGS, *options, "SOLVER.REFERENCE_WORLD_SIZE", 2, run=run)
+        if kill_after:
+            save = _Progress.after_step
+
+            def after_step(self):
+                save(self)
+                if self.trainer.iter + 1 == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            _Progress.after_step = after_step
+        return fit_classifier(cfg, stage1 / "cache")
+
+    whole = weights_of(fit("whole"))
+    for kill_after in (7, 12, 15):  # the last one between the last step and model_final.pth
+        process = multiprocessing.get_context("fork").Process(
+            target=fit, args=("killed", kill_after)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        saved = torch.load(tmp_path / "killed" / "fitting.pth", weights_only=True)
+        assert saved["trainer"]["iteration"] + 1 == kill_after // 5 * 5
+    with pytest.raises(
+        ConfigError, match=r"fitting\.pth.* SOLVER\.BASE_LR is 0.01 there and 0.5 now"
+    ):
+        fit_classifier(cfg_of(*BAGS, "SOLVER.BASE_LR", 0.5, run="killed"), stage1 / "cache")
+    resumed = weights_of(fit("killed"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "metrics.json",
+        "model_final.pth",
+    ]
+
+
+def test_seeds_give_fits_of_their_own(cfg_of, stage1):
+    fits = [
+        weights_of(fit_classifier(cfg_of(*BAGS, "SEED", seed, run=run), stage1 / "cache"))
+        for run, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(fits[0][name], fits[1][name])
+    assert not torch.equal(fits[0][name], fits[2][name])
+
+
+def test_mistakes_are_named(cfg_of, stage1, tmp_path):
+    with pytest.raises(MissingFileError, match=r"tools/fit_classifier\.py"):
+        fit_classifier(cfg_of(*BAGS), tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"MODEL\.RPN\.NMS_THRESH is 0.7 there and 0.5 now"):
+        fit_classifier(cfg_of(*BAGS, "MODEL.RPN.NMS_THRESH", 0.5), stage1 / "cache")
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        fit_classifier(cfg_of(*BAGS, "SOLVER.REFERENCE_WORLD_SIZE", 3), stage1 / "cache")
+
+
+def test_logs_say_what_is_fitted(cfg_of, stage1, log_lines):
+    lines = log_lines("bags_d2")
+    fit_classifier(cfg_of(*BAGS), stage1 / "cache")
+    assert any("Fitting the classifier of BAGSOutputLayers" in line for line in lines)
