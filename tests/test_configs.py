@@ -7,7 +7,6 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 
 from bags_d2 import (
     BAGSOutputLayers,
@@ -16,6 +15,7 @@ from bags_d2 import (
     LongTailROIHeads,
     add_bags_config,
 )
+from bags_d2.modeling import FastRCNNOutputLayers
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNNABLE = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.name.startswith("Base-"))

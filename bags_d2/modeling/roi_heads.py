@@ -8,10 +8,10 @@ parents, each can be built from a config or from explicit keyword arguments.
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 
 from ..errors import ConfigError
 from .box_predictors import build_box_predictor
+from .postprocessing import fast_rcnn_inference_topk
 
 __all__ = ["LongTailCascadeROIHeads", "LongTailROIHeads"]
 
@@ -73,27 +73,35 @@ class LongTailCascadeROIHeads(CascadeROIHeads):
         return ret
 
     def _forward_box(self, features, proposals, targets=None):
-        if self.training or self.average == "probs":
+        if self.training:
             return super()._forward_box(features, proposals, targets)
         features = [features[f] for f in self.box_in_features]
         image_sizes = [p.image_size for p in proposals]
-        mean_logits, boxes = 0, None
+        outputs, boxes = [], None
         for stage, predictor in enumerate(self.box_predictor):
             if stage > 0:
                 proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            logits, deltas = self._run_stage(features, proposals, stage)
-            boxes = predictor.predict_boxes((logits, deltas), proposals)
-            mean_logits = mean_logits + logits / self.num_cascade_stages
-        scores = predictor.predict_probs((mean_logits, deltas), proposals)
-        instances, _ = fast_rcnn_inference(
+            predictions = self._run_stage(features, proposals, stage)
+            boxes = predictor.predict_boxes(predictions, proposals)
+            outputs.append((predictor, predictions, proposals))
+        instances, _ = fast_rcnn_inference_topk(
             boxes,
-            scores,
+            self._average_scores(outputs),
             image_sizes,
             predictor.test_score_thresh,
             predictor.test_nms_thresh,
             predictor.test_topk_per_image,
         )
         return instances
+
+    def _average_scores(self, outputs):
+        """Scores (Ri, K + 1) of each image; a stage is (predictor, predictions, proposals)."""
+        if self.average == "probs":
+            probs = [predictor.predict_probs(*rest) for predictor, *rest in outputs]
+            return [sum(p) * (1.0 / self.num_cascade_stages) for p in zip(*probs, strict=True)]
+        mean_logits = sum(logits / self.num_cascade_stages for _, (logits, _), _ in outputs)
+        predictor, (_, deltas), proposals = outputs[-1]
+        return predictor.predict_probs((mean_logits, deltas), proposals)
 
 
 def _with_least_predictor(cfg: CfgNode) -> CfgNode:

@@ -3,7 +3,7 @@
 import torch
 from detectron2.config import configurable
 from detectron2.layers import cat
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, _log_classification_stats
+from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ..groups import ClassGroups
 from ..losses import group_softmax_loss, group_targets, merge_group_probs
 from .build import ROI_BOX_PREDICTOR_REGISTRY
+from .fast_rcnn import FastRCNNOutputLayers
 
 __all__ = ["BAGSOutputLayers"]
 

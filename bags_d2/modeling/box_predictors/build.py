@@ -2,7 +2,6 @@
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -15,7 +14,6 @@ ROI_BOX_PREDICTOR_REGISTRY.__doc__ = """
 Registry for box predictors: modules with the interface of Detectron2's FastRCNNOutputLayers,
 called as ``predictor(cfg, input_shape, **kwargs)``.
 """
-ROI_BOX_PREDICTOR_REGISTRY.register(FastRCNNOutputLayers)
 
 
 def build_box_predictor(cfg: CfgNode, input_shape: ShapeSpec, **kwargs) -> nn.Module:
