@@ -209,7 +209,7 @@ def main():
     print(tabulate(map(as_text, rows), list(rows[0]), disable_numparse=True, tablefmt="github"))
     if any(row["equal"] is False for row in rows):
         sys.exit("Detections differ.")
-    if any(row["promised"] and row["ratio"] < row["promised"] for row in rows):
+    if any(row["ratio"] and row["promised"] and row["ratio"] < row["promised"] for row in rows):
         sys.exit("A ratio is below what is promised.")
 
 
