@@ -12,6 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from bags_d2 import add_bags_config
 from bags_d2.data import register_lvis_format
+from bags_d2.data.glyphs import build_glyphs
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,14 @@ TINY_MODEL = [
     *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
     *("INPUT.MIN_SIZE_TEST", 64),
 ]
+
+
+@pytest.fixture(scope="session")
+def datasets_root(tmp_path_factory):
+    """Folder of data sets with glyphs_tiny in it, built once."""
+    root = tmp_path_factory.mktemp("datasets")
+    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
+    return root
 
 
 @pytest.fixture

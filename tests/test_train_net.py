@@ -15,7 +15,6 @@ from detectron2.engine import default_argument_parser, launch
 import train_net
 from bags_d2 import BAGSTrainer, ConfigError
 from bags_d2.data import register_lvis_format
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import setup_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +33,6 @@ BAGS = (
     "MODEL.TRAINABLE_PARAMS",
     "('roi_heads.box_predictor*cls_score.*',)",
 )
-
-
-@pytest.fixture(scope="session")
-def datasets_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
-    return root
 
 
 @pytest.fixture

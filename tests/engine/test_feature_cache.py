@@ -18,7 +18,6 @@ from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data.datasets import load_lvis_format
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import feature_cache
 from bags_d2.engine.feature_cache import (
     FeatureCache,
@@ -34,16 +33,14 @@ NUM_IMAGES, NUM_CLASSES = 35, 6
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with the tiny data set and the checkpoint of a softmax detector, untrained."""
-    root = tmp_path_factory.mktemp("fitting")
-    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
-    return root
+    """A folder for the checkpoint of a softmax detector, untrained."""
+    return tmp_path_factory.mktemp("fitting")
 
 
 @pytest.fixture
-def make_cfg(root, register, tmp_path):
+def make_cfg(root, datasets_root, register, tmp_path):
     """``make_cfg(*opts)``: config of stage 2, BAGS unless the options say otherwise."""
-    images = root / "glyphs_tiny"
+    images = datasets_root / "glyphs_tiny"
     json_file = str(images / "annotations" / "glyphs_tiny_train.json")
 
     def load():
@@ -181,8 +178,11 @@ def _extract(cfg, folder):
     extract_features(cfg, folder, images_per_shard=8)
 
 
-def test_processes_share_the_work_and_write_the_same_bytes(make_cfg, tmp_path, root, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))  # the processes know no other data sets
+def test_processes_share_the_work_and_write_the_same_bytes(
+    make_cfg, tmp_path, datasets_root, monkeypatch
+):
+    # The processes know no data sets but the built-in ones.
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     cfg = make_cfg("DATASETS.TRAIN", ("glyphs_tiny_train",))
     launch(_extract, 2, dist_url="auto", args=(cfg, tmp_path / "two"))
     extract_features(make_cfg(), tmp_path / "one", images_per_shard=8)

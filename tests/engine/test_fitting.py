@@ -18,7 +18,6 @@ from detectron2.utils.events import EventStorage
 import train_net
 from bags_d2 import BAGSTrainer, ConfigError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine.feature_cache import (
     FeatureCache,
     extract_features,
@@ -51,11 +50,10 @@ def make_cfg(weights, output_dir, *opts):
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
-    """Folder with the tiny data set, an untrained detector, and a cache of its features."""
+def stage1(tmp_path_factory, datasets_root):
+    """Folder with an untrained detector and a cache of its features on the tiny data set."""
     root = tmp_path_factory.mktemp("stage1")
-    build_glyphs("glyphs_tiny", root, num_workers=1, progress=False)
-    images = root / "glyphs_tiny"
+    images = datasets_root / "glyphs_tiny"
     for name, split in SETS.items():
         json_file = images / "annotations" / f"glyphs_tiny_{split}.json"
         register_lvis_format(name, str(json_file), str(images))
