@@ -18,6 +18,9 @@ def add_bags_config(cfg: CfgNode) -> None:
     # Detectron2's own (softmax, or sigmoid by MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE).
     cfg.MODEL.ROI_BOX_PREDICTOR = CfgNode()
     cfg.MODEL.ROI_BOX_PREDICTOR.NAME = "BAGSOutputLayers"
+    # Cosine classifier: weights and features are normalised, and cosines scaled by TEMPERATURE.
+    cfg.MODEL.ROI_BOX_PREDICTOR.NORMALIZED = False
+    cfg.MODEL.ROI_BOX_PREDICTOR.TEMPERATURE = 20.0
 
     cfg.MODEL.BAGS = CfgNode()
     # Edges of the half-open bins of training count that make the foreground groups: (10, 100,
@@ -32,6 +35,44 @@ def add_bags_config(cfg: CfgNode) -> None:
     cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
     # What a cascade averages over its stages: raw "logits" (the authors) or "probs" (Detectron2).
     cfg.MODEL.BAGS.CASCADE_AVERAGE = "logits"
+
+    # ReweightedOutputLayers: class weights "inverse" to the training counts, or of the
+    # "effective_number" of samples (1 - BETA^n) / (1 - BETA); mean 1, then clipped to CLIP.
+    cfg.MODEL.REWEIGHT = CfgNode()
+    cfg.MODEL.REWEIGHT.SCHEME = "inverse"
+    cfg.MODEL.REWEIGHT.BETA = 0.999
+    cfg.MODEL.REWEIGHT.CLIP = (0.1, 5.0)
+
+    # FocalOutputLayers: weight of well classified RoIs (1 - p)^GAMMA, of positives ALPHA.
+    cfg.MODEL.FOCAL_LOSS = CfgNode()
+    cfg.MODEL.FOCAL_LOSS.GAMMA = 2.0
+    cfg.MODEL.FOCAL_LOSS.ALPHA = 0.25
+
+    # BalancedSoftmaxOutputLayers: in training, TAU times the log of the class priors is added to
+    # the logits. 1.0 is balanced softmax, 0.0 softmax.
+    cfg.MODEL.BALANCED_SOFTMAX = CfgNode()
+    cfg.MODEL.BALANCED_SOFTMAX.TAU = 1.0
+
+    # SeesawOutputLayers: exponents of the mitigation (P) and compensation (Q) factors.
+    cfg.MODEL.SEESAW = CfgNode()
+    cfg.MODEL.SEESAW.P = 0.8
+    cfg.MODEL.SEESAW.Q = 2.0
+
+    # EQLOutputLayers: classes in a smaller share of the training images than FREQUENCY_THRESHOLD
+    # are spared the negatives of other classes.
+    cfg.MODEL.EQL = CfgNode()
+    cfg.MODEL.EQL.FREQUENCY_THRESHOLD = 0.00176
+
+    # EQLv2OutputLayers: steepness and middle of the map from the ratio of accumulated positive
+    # and negative gradients to the weights of negatives; extra weight of positives.
+    cfg.MODEL.EQLV2 = CfgNode()
+    cfg.MODEL.EQLV2.GAMMA = 12.0
+    cfg.MODEL.EQLV2.MU = 0.8
+    cfg.MODEL.EQLV2.ALPHA = 4.0
+
+    # NorCalOutputLayers: at test time a class's score is divided by (training count)^GAMMA.
+    cfg.MODEL.NORCAL = CfgNode()
+    cfg.MODEL.NORCAL.GAMMA = 0.6
 
     # Names of the parameters to train, as globs against model.named_parameters(); all others are
     # frozen, and BatchNorm layers without a trainable parameter keep their statistics. Every glob

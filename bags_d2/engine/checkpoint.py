@@ -110,12 +110,14 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 self._path,
                 ", ".join(new),
             )
-        # What was just told needs no second warning. Class groups come from the config where a
-        # checkpoint has none, and frozen BatchNorm layers have no use for their batch counters.
-        told = (*new,) if self.stage2 else ()
+        # What was just told needs no second warning. State of a classifier (its class groups,
+        # counts, or what a loss has accumulated) starts anew where a checkpoint has none, and
+        # frozen BatchNorm layers have no use for their batch counters.
+        told = {*new} if self.stage2 else set()
+        told |= {k for k in missing if ".box_predictor" in k and k not in parameters}
         super()._log_incompatible_keys(
             type(incompatible)(
-                [k for k in incompatible.missing_keys if k not in told and ".groups." not in k],
+                [k for k in incompatible.missing_keys if k not in told],
                 [k for k in incompatible.unexpected_keys if not k.endswith("num_batches_tracked")],
                 [row for row in incompatible.incorrect_shapes if row[0] not in told],
             )

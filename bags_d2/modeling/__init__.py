@@ -6,6 +6,7 @@ from .box_predictors import (
     FastRCNNOutputLayers,
     build_box_predictor,
 )
+from .class_counts import ClassCounts
 from .groups import ClassGroups
 from .losses import group_softmax_loss, merge_group_probs, sample_others
 from .postprocessing import fast_rcnn_inference_topk
@@ -14,6 +15,7 @@ from .roi_heads import LongTailCascadeROIHeads, LongTailROIHeads
 __all__ = [
     "ROI_BOX_PREDICTOR_REGISTRY",
     "BAGSOutputLayers",
+    "ClassCounts",
     "ClassGroups",
     "FastRCNNOutputLayers",
     "LongTailCascadeROIHeads",

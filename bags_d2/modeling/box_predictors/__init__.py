@@ -2,11 +2,15 @@
 
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY, build_box_predictor
-from .fast_rcnn import FastRCNNOutputLayers
+from .classifier import ClassifierOutputLayers, CountedOutputLayers
+from .fast_rcnn import FastRCNNOutputLayers, NormalizedLinear
 
 __all__ = [
     "ROI_BOX_PREDICTOR_REGISTRY",
     "BAGSOutputLayers",
+    "ClassifierOutputLayers",
+    "CountedOutputLayers",
     "FastRCNNOutputLayers",
+    "NormalizedLinear",
     "build_box_predictor",
 ]

@@ -1,23 +1,90 @@
 """Detectron2's softmax (or sigmoid) box predictor, with exact top-k inference."""
 
 import torch
+from detectron2.config import configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import fast_rcnn
 from detectron2.structures import Instances
+from torch import nn
+from torch.nn import functional as F
 
+from ...errors import ConfigError
 from ..postprocessing import BoxDeltas, fast_rcnn_inference_topk
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 
-__all__ = ["FastRCNNOutputLayers"]
+__all__ = ["FastRCNNOutputLayers", "NormalizedLinear"]
+
+
+class NormalizedLinear(nn.Linear):
+    """Cosine classifier: ``temperature * cos(weight_c, x) + bias_c`` for each class c.
+
+    Without weight norms no class can win by the length of its weights, which the long tail
+    distorts (Seesaw Loss, Wang et al., CVPR 2021, section 3.3, which normalises both sides).
+    """
+
+    def __init__(self, in_features: int, out_features: int, temperature: float) -> None:
+        """
+        Args:
+            in_features: D.
+            out_features: C.
+            temperature: scale of the cosines, above 0.
+
+        Raises:
+            ConfigError: if the temperature is not above 0.
+        """
+        if not temperature > 0:
+            raise ConfigError(
+                f"MODEL.ROI_BOX_PREDICTOR.TEMPERATURE must be above 0, found {temperature}"
+            )
+        super().__init__(in_features, out_features)
+        self.temperature = temperature
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (R, C) of features (R, D)."""
+        cosines = F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        return self.temperature * cosines + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, temperature={self.temperature}"
 
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
 class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
-    """Detectron2's class of this name; derive box predictors from it.
+    """Detectron2's class of this name, with a choice of two classifier layers.
 
-    Only ``inference`` differs, in speed and not in its results: it decodes the boxes of the best
+    ``inference`` differs in speed and not in its results: it decodes the boxes of the best
     (RoI, class) pairs instead of all, and runs NMS among these.
     """
+
+    @configurable
+    def __init__(self, input_shape, *, temperature: float | None = None, **kwargs) -> None:
+        """
+        Args:
+            input_shape: shape of the box head's output (ShapeSpec).
+            temperature: None for a linear classifier, else that of a :class:`NormalizedLinear`.
+            **kwargs: as for Detectron2's class.
+        """
+        super().__init__(input_shape, **kwargs)
+        self.temperature = temperature
+        if temperature is not None:
+            self._replace_classifier(self.cls_score.out_features)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        options = cfg.MODEL.ROI_BOX_PREDICTOR
+        ret["temperature"] = options.TEMPERATURE if options.NORMALIZED else None
+        return ret
+
+    def _replace_classifier(self, num_logits: int) -> None:
+        """A new classifier layer of another width, drawn from N(0, 0.01) with bias 0."""
+        num_features = self.cls_score.in_features
+        if self.temperature is None:
+            self.cls_score = nn.Linear(num_features, num_logits)
+        else:
+            self.cls_score = NormalizedLinear(num_features, num_logits, self.temperature)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.zeros_(self.cls_score.bias)
 
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
