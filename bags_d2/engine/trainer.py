@@ -25,6 +25,7 @@ from torch import nn
 from ..data.class_counts import training_class_counts
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
+from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from .checkpoint import LongTailCheckpointer
@@ -51,8 +52,8 @@ class BAGSTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        for groups in _class_groups(model):
-            groups.require_determined()
+        for module in _modules(model, ClassGroups, ClassCounts):
+            module.require_determined()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_cpu = cfg.MODEL.DEVICE == "cpu"
@@ -79,7 +80,7 @@ class BAGSTrainer(DefaultTrainer):
         if cfg.MODEL.TRAINABLE_PARAMS:
             select_trainable_params(model, cfg.MODEL.TRAINABLE_PARAMS)
             freeze_norm_statistics(model)
-        for groups in _class_groups(model)[:1]:
+        for groups in _modules(model, ClassGroups)[:1]:
             logger.info("Class groups by training count: %s", groups)
         return model
 
@@ -180,14 +181,14 @@ class BAGSTrainer(DefaultTrainer):
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
 
-def _class_groups(model: nn.Module) -> list[ClassGroups]:
-    return [module for module in model.modules() if isinstance(module, ClassGroups)]
+def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _evaluation_counts(cfg: CfgNode, model: nn.Module) -> torch.Tensor | None:
     """Training instances of each class: as the checkpoint remembers them, else counted."""
-    for groups in _class_groups(model):
-        remembered = groups.class_counts.cpu()
+    for module in _modules(model, ClassGroups, ClassCounts):
+        remembered = module.class_counts.cpu()
         if cfg.MODEL.BAGS.COUNT_BY == "instances" and bool((remembered >= 0).all()):
             return remembered
     try:
