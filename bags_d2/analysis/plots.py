@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "plot_ap_bins", "plot_weight_norms"]
+__all__ = ["COLORS", "plot_ap_bins", "plot_methods", "plot_weight_norms"]
 
 COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00")
 
@@ -84,6 +84,39 @@ def plot_weight_norms(
     axes.set_xlabel("training instances of a class (grey lines: edges of the groups)")
     axes.set_ylabel("L2 norm of the class's weights")
     _finish(axes, title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: str) -> None:
+    """AP of each bin of training instances, and their mean, with one line for each method.
+
+    Args:
+        rows: for each method, from top to bottom, "method", "trained" and {"mean", "std"} of AP1,
+            AP2, ... and bAP.
+        path: the picture to write.
+        title: heading of the chart.
+        label: of the AP axis.
+    """
+    bins = sorted(key for key in rows[0] if key.startswith("AP") and key[2:] in set("123456789"))
+    series = [*zip(bins, COLORS, "os^D", strict=False), ("bAP", "black", "|")]
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    lines = np.arange(len(rows))
+    for key, color, marker in series:
+        means = [row[key]["mean"] if row[key]["mean"] is not None else np.nan for row in rows]
+        spreads = [row[key]["std"] or 0.0 for row in rows]
+        size = 14 if key == "bAP" else 6
+        axes.errorbar(
+            means, lines, xerr=spreads, fmt=marker, color=color, markersize=size, label=key
+        )
+    axes.set_yticks(lines, [f"{row['method']}  ({row['trained']})" for row in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"{label}; bars: standard deviation over seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

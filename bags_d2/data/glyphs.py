@@ -29,6 +29,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ..errors import ConfigError, DataError
 from .lvis_v1 import lvis_v1_counts
 
 __all__ = [
@@ -347,7 +348,7 @@ def glyph_characters(preset: str) -> tuple[str, ...]:
         One character per class; the class with category id i is entry i - 1.
 
     Raises:
-        ValueError: the preset does not exist.
+        ConfigError: the preset does not exist.
     """
     spec = _preset(preset)
     if spec.characters is not None:
@@ -362,7 +363,7 @@ def glyph_characters(preset: str) -> tuple[str, ...]:
 
 def _preset(name: str) -> GlyphPreset:
     if name not in PRESETS:
-        raise ValueError(f"Unknown glyph preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        raise ConfigError(f"Unknown glyph preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
@@ -380,7 +381,7 @@ def train_counts(preset: str, seed: int = 0) -> np.ndarray:
         int64 array (num_classes,); entry i - 1 belongs to category id i.
 
     Raises:
-        ValueError: the preset does not exist.
+        ConfigError: the preset does not exist.
     """
     spec = _preset(preset)
     counts = lvis_v1_counts()["instance_count"] if spec.counts is None else spec.counts
@@ -471,11 +472,11 @@ def _photo(rng: np.random.Generator, size: int, path: str) -> np.ndarray:
     """A random square crop of a photograph, softened so that glyphs stay legible on it.
 
     Raises:
-        ValueError: the file cannot be read as an image.
+        DataError: the file cannot be read as an image.
     """
     photo = cv2.imread(path, cv2.IMREAD_COLOR)
     if photo is None:
-        raise ValueError(f"The background picture {path} cannot be read as an image.")
+        raise DataError(f"The background picture {path} cannot be read as an image.")
     height, width = photo.shape[:2]
     side = max(1, int(min(height, width) * rng.uniform(0.6, 1.0)))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -945,12 +946,12 @@ def _split_json(
 
 def _list_photos(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"The image folder {folder} does not exist.")
+        raise ConfigError(f"The image folder {folder} does not exist.")
     photos = sorted(
         str(p) for p in folder.iterdir() if p.suffix.lower() in _PHOTO_SUFFIXES and p.is_file()
     )
     if not photos:
-        raise ValueError(f"The image folder {folder} holds no pictures.")
+        raise ConfigError(f"The image folder {folder} holds no pictures.")
     return photos
 
 
@@ -958,7 +959,7 @@ def _is_built(folder: Path, stamp: dict) -> bool:
     """Whether `folder` holds the set that `stamp` describes.
 
     Raises:
-        ValueError: it holds something else.
+        DataError: it holds something else.
     """
     if not folder.exists():
         return False
@@ -969,7 +970,7 @@ def _is_built(folder: Path, stamp: dict) -> bool:
     found = found if isinstance(found, dict) else {}
     differing = [key for key, value in stamp.items() if found.get(key, object()) != value]
     if differing:
-        raise ValueError(
+        raise DataError(
             f"The folder {folder} was not built with these settings ({', '.join(differing)} "
             "differ); remove it or choose another root."
         )
@@ -1067,12 +1068,12 @@ def build_glyphs(
         The folder `<root>/<preset>`.
 
     Raises:
-        ValueError: the preset does not exist, the seed is negative, the image folder is missing,
-            empty or holds a broken picture, or the folder holds a set built with other settings.
+        ConfigError, DataError: the preset does not exist, the seed is negative, the image folder
+            is missing, empty or holds a broken picture, or the folder holds a set built with other settings.
     """
     spec = _preset(preset)
     if seed < 0:
-        raise ValueError(f"The seed must be 0 or more, not {seed}.")
+        raise ConfigError(f"The seed must be 0 or more, not {seed}.")
     root = Path(root)
     final = root / preset
     backgrounds = None if image_folder is None else Path(image_folder).expanduser().resolve()

@@ -514,7 +514,9 @@ def _refuse_difference(folder: Path, found: CacheSettings, wanted: CacheSettings
         )
 
 
-def select_config(cfg: CfgNode, include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
+def select_config(
+    cfg: CfgNode, include: Sequence[str], exclude: Sequence[str] = ()
+) -> dict[str, str]:
     """Values of a config as text by dotted key, chosen by globs on the keys."""
     selected = {}
 

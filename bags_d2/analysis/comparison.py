@@ -1,0 +1,110 @@
+"""The table and the chart of a comparison of methods, from the files that its runs wrote."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ..engine.comparison import Run
+from .plots import plot_methods
+
+__all__ = ["MEASURES", "summarize", "write_report"]
+
+MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
+
+
+def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
+    """Mean and standard deviation of each measure over the seeds of each method.
+
+    Args:
+        runs: complete runs, in any order.
+        task: "bbox" or "segm".
+
+    Returns:
+        For each method, best bAP first: its name, what was trained, its seeds, seconds (mean) and
+        for each measure {"mean", "std"} in percent; std is None for one seed.
+    """
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    rows = []
+    for method, of_method in by_method.items():
+        metrics = [run.results()[task] for run in of_method]
+        seconds = [run.seconds for run in of_method if run.seconds is not None]
+        rows.append(
+            {
+                "method": method,
+                "trained": of_method[0].trained,
+                "seeds": sorted(run.seed for run in of_method),
+                "seconds": statistics.mean(seconds) if seconds else None,
+                **{name: _mean_and_std([m.get(name) for m in metrics]) for name in MEASURES},
+            }
+        )
+    return sorted(rows, key=lambda row: -(row["bAP"]["mean"] or row["AP"]["mean"] or -math.inf))
+
+
+def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbox") -> str:
+    """Write ``comparison.md``, ``.csv`` (a line for each run), ``.json`` and ``.png``.
+
+    Args:
+        runs: complete runs.
+        output: folder to write to.
+        title: what was compared on what, for the heading.
+        task: "bbox" or "segm".
+
+    Returns:
+        The table as Markdown.
+    """
+    rows = summarize(runs, task)
+    table = tabulate(
+        [
+            [
+                row["method"],
+                row["trained"],
+                len(row["seeds"]),
+                *(_cell(row[name]) for name in MEASURES),
+                "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
+            ]
+            for row in rows
+        ],
+        headers=["method", "trained", "seeds", *MEASURES, "minutes"],
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    kind = {"bbox": "box", "segm": "mask"}[task]
+    note = (
+        f"Measured {kind} AP in %, mean ± standard deviation over seeds. AP1..AP4: classes by "
+        "training instances (0-9, 10-99, 100-999, 1000+); bAP: their mean. Minutes: training or "
+        "fitting, without evaluation and, where it starts from the baseline, without that."
+    )
+    text = f"# {title}\n\n{table}\n\n{note}\n"
+    (output / "comparison.md").write_text(text)
+    (output / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    with open(output / "comparison.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", "trained", "seed", *MEASURES, "seconds"))
+        for run in sorted(runs, key=lambda r: (r.method, r.seed)):
+            metrics = run.results()[task]
+            values = (metrics.get(name) for name in MEASURES)
+            writer.writerow((run.method, run.trained, run.seed, *values, run.seconds))
+    plot_methods(rows, output / "comparison.png", title, f"{kind} AP (%)")
+    return text
+
+
+def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
+    known = [v for v in values if v is not None]
+    return {
+        "mean": statistics.mean(known) if known else None,
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+    }
+
+
+def _cell(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "-"
+    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
+    return f"{value['mean']:.1f}{spread}"

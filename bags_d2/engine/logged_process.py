@@ -1,0 +1,53 @@
+"""Run a script as a user would, with its whole output in a file and its progress on the screen."""
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import BagsError
+
+__all__ = ["ProcessError", "run_logged"]
+
+_PROGRESS = (" iter: ", "Inference done", "Newly init", "box features:", "Error:", "Error ")
+
+
+class ProcessError(BagsError):
+    """A script that was run ended with an error."""
+
+
+def run_logged(command: Sequence[str], log: Path) -> float:
+    """Run a command to its end.
+
+    Args:
+        command: program and arguments.
+        log: file that its output is appended to.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        ProcessError: if it fails, with the last line of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    last = ""
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Small layers gain nothing from a second thread, and two threads that wait for each
+            # other on busy cores lose tenfold.
+            env={"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "5", **os.environ},
+        )
+        for line in process.stdout:
+            file.write(line)
+            last = line.strip() or last
+            if any(mark in line for mark in _PROGRESS):
+                print(line.rstrip()[:160], flush=True)
+    if process.wait():
+        raise ProcessError(f"'{' '.join(command[:4])} ...' failed: {last} (all of it is in {log}).")
+    return time.perf_counter() - start
