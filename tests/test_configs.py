@@ -18,8 +18,15 @@ from bags_d2 import (
 from bags_d2.modeling import FastRCNNOutputLayers
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNNABLE = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.name.startswith("Base-"))
+RUNNABLE = sorted(
+    str(p.relative_to(CONFIGS).with_suffix(""))
+    for p in CONFIGS.rglob("*.yaml")
+    if not p.name.startswith("Base-")
+)
 NUM_CLASSES = {"lvis": 1203, "lvis_v0.5": 1230, "coco": 80, "glyphs": 40}
+STAGE_1 = {"lvis": "lvis_baseline", "lvis_v0.5": "lvis_v0.5_baseline", "coco": "coco_baseline"}
+# Published recipes that differ from the others'.
+OWN_RECIPE = ("_RFS", "_rfs", "_2x", "_AP_fixed", "_finetune", "_train_all", "_crt", "_norcal")
 
 
 def load(name):
@@ -31,7 +38,8 @@ def load(name):
 
 
 def dataset_of(name):
-    return "lvis_v0.5" if name.startswith("lvis_v0.5") else name.partition("_")[0]
+    stem = Path(name).name
+    return "lvis_v0.5" if stem.startswith("lvis_v0.5") else stem.partition("_")[0]
 
 
 @pytest.fixture
@@ -49,22 +57,50 @@ def test_front_door_configs_exist():
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_config_holds_what_its_name_says(name):
     cfg = load(name)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == NUM_CLASSES[dataset_of(name)]
+    data = dataset_of(name)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == NUM_CLASSES[data]
     assert cfg.MODEL.MASK_ON == ("_mask_" in name)
-    assert f"output/{name}" == cfg.OUTPUT_DIR
+    assert ("Cascade" in cfg.MODEL.ROI_HEADS.NAME) == ("_cascade_" in name)
+    assert cfg.OUTPUT_DIR in (f"output/{name}", f"output/{Path(name).name}")
     assert all(d in DatasetCatalog for d in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    is_stage2 = "_bags" in name or name.endswith("_retrained")
-    assert bool(cfg.MODEL.TRAINABLE_PARAMS) == is_stage2
-    if is_stage2 and not name.startswith("glyphs"):
-        stage1 = name.replace("_bags_", "_baseline_")
+    if cfg.MODEL.TRAINABLE_PARAMS and data in STAGE_1:
+        # Stage 2 starts from what a stage 1 of these configs leaves behind.
+        stage1 = Path(cfg.MODEL.WEIGHTS).parent.name
         assert f"output/{stage1}/model_final.pth" == cfg.MODEL.WEIGHTS
         assert stage1 in RUNNABLE
-    sampler = "RepeatFactorTrainingSampler" if name.endswith("_RFS") else "TrainingSampler"
-    assert sampler == cfg.DATALOADER.SAMPLER_TRAIN
-    assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER
+        assert stage1.startswith(STAGE_1[data])
+    if name.endswith("_RFS"):
+        assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER or cfg.SOLVER.MAX_ITER == 0
 
 
-@pytest.mark.parametrize("name", [n for n in RUNNABLE if n.startswith("lvis") and "RFS" not in n])
+def test_every_method_has_an_output_folder_of_its_own():
+    folders = [load(name).OUTPUT_DIR for name in RUNNABLE if "/" not in name]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", [n for n in RUNNABLE if "_bags_" in n and "mask" in n])
+def test_bags_configs_differ_from_their_baselines_in_the_classifier_alone(name):
+    bags, baseline = (
+        load(name),
+        load(name.replace("_bags_", "_baseline_").removesuffix("_AP_fixed")),
+    )
+    for cfg in (bags, baseline):
+        cfg.OUTPUT_DIR = cfg.MODEL.WEIGHTS = ""
+        cfg.MODEL.TRAINABLE_PARAMS = ()
+        cfg.MODEL.ROI_BOX_PREDICTOR.NAME = ""
+        cfg.TEST = None
+    assert bags == baseline
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in RUNNABLE
+        if n.startswith("lvis") and not any(part in n for part in (*OWN_RECIPE, "/"))
+    ],
+)
 def test_lvis_configs_are_the_recipe_of_the_paper(name):
     cfg = load(name)
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH) == (0.01, 16)
@@ -89,14 +125,12 @@ def test_config_builds(name):
     predictors = model.roi_heads.box_predictor
     predictors = predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]
     assert len(predictors) == (3 if "_cascade_" in name else 1)
-    is_bags = "_bags" in name
     for predictor in predictors:
-        assert type(predictor) is (BAGSOutputLayers if is_bags else FastRCNNOutputLayers)
-        num_classes = NUM_CLASSES[dataset_of(name)]
-        width = num_classes + (6 if is_bags else 1)
-        assert predictor.cls_score.out_features == width
+        assert type(predictor).__name__ == cfg.MODEL.ROI_BOX_PREDICTOR.NAME
+        assert isinstance(predictor, BAGSOutputLayers) == ("_bags" in name)
+        assert isinstance(predictor, FastRCNNOutputLayers)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-    if cfg.MODEL.TRAINABLE_PARAMS:
+    if "_bags" in name and "_train_" not in name:
         assert len(trainable) == 2 * len(predictors)
         assert all(".cls_score." in n for n in trainable)
 

@@ -1069,7 +1069,8 @@ def build_glyphs(
 
     Raises:
         ConfigError, DataError: the preset does not exist, the seed is negative, the image folder
-            is missing, empty or holds a broken picture, or the folder holds a set built with other settings.
+            is missing, empty or holds a broken picture, or the folder holds a set built with
+            other settings.
     """
     spec = _preset(preset)
     if seed < 0:

@@ -175,6 +175,11 @@ class CountedOutputLayers(ClassifierOutputLayers):
             return ClassCounts.undetermined(cfg.MODEL.ROI_HEADS.NUM_CLASSES, str(error))
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """A half-precision tensor as float32, others as they are."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
 def is_logging_step() -> bool:
     """Whether training statistics are to be logged now; needs an EventStorage."""
     return get_event_storage().iter % STATISTICS_PERIOD == 0
