@@ -43,7 +43,8 @@ def add_bags_config(cfg: CfgNode) -> None:
     cfg.MODEL.REWEIGHT.BETA = 0.999
     cfg.MODEL.REWEIGHT.CLIP = (0.1, 5.0)
 
-    # FocalOutputLayers: weight of well classified RoIs (1 - p)^GAMMA, of positives ALPHA.
+    # FocalOutputLayers: weight of well classified RoIs (1 - p)^GAMMA, GAMMA 0.0 or at least 1.0;
+    # of positives ALPHA, of negatives 1 - ALPHA (a negative ALPHA weighs neither).
     cfg.MODEL.FOCAL_LOSS = CfgNode()
     cfg.MODEL.FOCAL_LOSS.GAMMA = 2.0
     cfg.MODEL.FOCAL_LOSS.ALPHA = 0.25
@@ -78,3 +79,6 @@ def add_bags_config(cfg: CfgNode) -> None:
     # frozen, and BatchNorm layers without a trainable parameter keep their statistics. Every glob
     # must match something. () trains everything that the model itself leaves trainable.
     cfg.MODEL.TRAINABLE_PARAMS = ()
+    # Leave out of training steps what reaches no trainable parameter: losses of frozen parts, and
+    # the mask head. What trains, trains the same way; False runs everything, to log all losses.
+    cfg.MODEL.SKIP_FROZEN = True

@@ -70,7 +70,10 @@ _DECISIVE = (
 # classifier, of which a cache serves many. The checkpoint counts by its content, not its path.
 _INDIFFERENT = (
     *("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.TRAINABLE_PARAMS", "*_TEST"),
-    *("MODEL.BAGS.*", "MODEL.ROI_BOX_PREDICTOR.*", "MODEL.ROI_MASK_HEAD.*", "MODEL.*_LOSS*"),
+    *("MODEL.SKIP_FROZEN", "MODEL.ROI_MASK_HEAD.*", "MODEL.*_LOSS*"),
+    *("MODEL.BAGS.*", "MODEL.ROI_BOX_PREDICTOR.*", "MODEL.REWEIGHT.*", "MODEL.FOCAL_LOSS.*"),
+    *("MODEL.BALANCED_SOFTMAX.*", "MODEL.SEESAW.*", "MODEL.EQL.*", "MODEL.EQLV2.*"),
+    "MODEL.NORCAL.*",
     *("MODEL.ROI_BOX_HEAD.USE_*", "MODEL.ROI_BOX_HEAD.FED_*", "MODEL.*SMOOTH_L1_BETA"),
 )
 

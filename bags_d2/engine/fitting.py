@@ -3,7 +3,6 @@
 Shapes in this file: R RoIs of a per-device batch, D features of a RoI.
 """
 
-import contextlib
 import itertools
 import logging
 import os
@@ -160,39 +159,16 @@ class ClassifierLoss(nn.Module):
         Returns:
             ``loss_cls``: the mean over devices, as DistributedDataParallel averages gradients.
         """
-        with _without_box_regression(self.predictor):
-            losses = [self._loss(features, labels) for features, labels in batch]
+        losses = [self._loss(features, labels) for features, labels in batch]
         return {"loss_cls": torch.stack(losses).mean()}
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        boxes = Boxes(torch.zeros(len(labels), 4, device=self.device))  # nobody looks at them
+        # A box that is not degenerate, since a predictor of another family may encode it.
+        boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).repeat(len(labels), 1))
         rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
         rois.gt_classes = labels.to(self.device, non_blocking=True)
         predictions = self.predictor(features.to(self.device, non_blocking=True).float())
         return self.predictor.losses(predictions, [rois])["loss_cls"]
-
-
-class _NoDeltas(nn.Module):
-    """Box deltas of nothing, in the shape of class-agnostic ones."""
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features.new_zeros(len(features), 4)
-
-
-@contextlib.contextmanager
-def _without_box_regression(predictor: nn.Module) -> Iterator[None]:
-    """Leave the frozen box regression out: its K x 4 outputs cost more than the classifier.
-
-    What a predictor does for classification stays its own, whatever class of the registry it is.
-    """
-    bbox_pred = predictor.bbox_pred
-    predictor.bbox_pred = _NoDeltas()
-    predictor.box_reg_loss = lambda *_: 0.0
-    try:
-        yield
-    finally:
-        predictor.bbox_pred = bbox_pred
-        del predictor.box_reg_loss
 
 
 class _Progress(HookBase):

@@ -29,6 +29,7 @@ from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from .checkpoint import LongTailCheckpointer
+from .frozen import skip_frozen_parts
 from .trainable import freeze_norm_statistics, select_trainable_params
 
 __all__ = ["BAGSTrainer"]
@@ -75,11 +76,13 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model and freeze all but ``MODEL.TRAINABLE_PARAMS``."""
+        """Build the model, freeze all but ``MODEL.TRAINABLE_PARAMS``, and skip what that spares."""
         model = super().build_model(cfg)
         if cfg.MODEL.TRAINABLE_PARAMS:
             select_trainable_params(model, cfg.MODEL.TRAINABLE_PARAMS)
             freeze_norm_statistics(model)
+        if cfg.MODEL.SKIP_FROZEN:
+            skip_frozen_parts(model)
         for groups in _modules(model, ClassGroups)[:1]:
             logger.info("Class groups by training count: %s", groups)
         return model

@@ -13,11 +13,31 @@ from ..errors import ConfigError
 from .box_predictors import build_box_predictor
 from .postprocessing import fast_rcnn_inference_topk
 
-__all__ = ["LongTailCascadeROIHeads", "LongTailROIHeads"]
+__all__ = ["FrozenBranches", "LongTailCascadeROIHeads", "LongTailROIHeads"]
+
+
+class FrozenBranches:
+    """RoI heads that can leave out, in training, branches that do not train.
+
+    Attributes:
+        frozen_branches: any of "mask" and "keypoint".
+    """
+
+    frozen_branches: frozenset[str] = frozenset()
+
+    def _forward_mask(self, features, instances):
+        if self.training and "mask" in self.frozen_branches:
+            return {}
+        return super()._forward_mask(features, instances)
+
+    def _forward_keypoint(self, features, instances):
+        if self.training and "keypoint" in self.frozen_branches:
+            return {}
+        return super()._forward_keypoint(features, instances)
 
 
 @ROI_HEADS_REGISTRY.register()
-class LongTailROIHeads(StandardROIHeads):
+class LongTailROIHeads(FrozenBranches, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor of ``MODEL.ROI_BOX_PREDICTOR.NAME``."""
 
     @classmethod
@@ -28,7 +48,7 @@ class LongTailROIHeads(StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class LongTailCascadeROIHeads(CascadeROIHeads):
+class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
     """``CascadeROIHeads`` with the box predictors of ``MODEL.ROI_BOX_PREDICTOR.NAME``.
 
     At inference the stages are merged by averaging either their raw logits, which are then turned

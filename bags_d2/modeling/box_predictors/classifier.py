@@ -89,7 +89,7 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
             proposals: sampled proposals of each image with ``gt_classes`` and ``gt_boxes``.
 
         Returns:
-            ``loss_cls`` and ``loss_box_reg``, scalars.
+            ``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``, scalars.
         """
         logits, proposal_deltas = predictions
         if len(proposals):
@@ -107,12 +107,11 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
         if is_logging_step() and gt_classes.numel():
             with torch.no_grad():
                 _log_classification_stats(self.class_probs(logits), gt_classes)
-        losses = {
-            "loss_cls": self.classification_loss(logits, gt_classes),
-            "loss_box_reg": self.box_reg_loss(
+        losses = {"loss_cls": self.classification_loss(logits, gt_classes)}
+        if not self.classification_only:
+            losses["loss_box_reg"] = self.box_reg_loss(
                 proposal_boxes, gt_boxes, proposal_deltas, gt_classes
-            ),
-        }
+            )
         return {k: v * self.loss_weight.get(k, 1.0) for k, v in losses.items()}
 
     def predict_probs(

@@ -54,7 +54,13 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
 
     ``inference`` differs in speed and not in its results: it decodes the boxes of the best
     (RoI, class) pairs instead of all, and runs NMS among these.
+
+    Attributes:
+        classification_only: leave box regression out in training. For thousands of classes its
+            4 K outputs cost several times the classifier, to no use where it is frozen.
     """
+
+    classification_only = False
 
     @configurable
     def __init__(self, input_shape, *, temperature: float | None = None, **kwargs) -> None:
@@ -85,6 +91,35 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             self.cls_score = NormalizedLinear(num_features, num_logits, self.temperature)
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.zeros_(self.cls_score.bias)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x: features (R, D), or (R, ...) to be flattened.
+
+        Returns:
+            Logits (R, C) and box deltas (R, 4 K or 4); with ``classification_only``, deltas of
+            zero in training.
+        """
+        if not (self.training and self.classification_only):
+            return super().forward(x)
+        x = x.flatten(start_dim=1)
+        return self.cls_score(x), x.new_zeros(len(x), 4)
+
+    def losses(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """As the parent's; with ``classification_only``, ``loss_cls`` alone."""
+        losses = super().losses(predictions, proposals)
+        if self.classification_only:
+            del losses["loss_box_reg"]
+        return losses
+
+    def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
+        """As the parent's; 0 with ``classification_only``."""
+        if self.classification_only:
+            return 0.0
+        return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
 
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]

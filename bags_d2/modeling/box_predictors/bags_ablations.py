@@ -1,0 +1,135 @@
+"""What Balanced Group Softmax is without each of its parts (Li et al., CVPR 2020, section 5.4).
+
+The logit layout is that of the whole method, so that its checkpoints and tools serve these too;
+columns that a variant does without are there and unused.
+"""
+
+import torch
+from detectron2.config import configurable
+from torch.nn import functional as F
+
+from ..groups import ClassGroups
+from ..losses import group_targets
+from .bags import BAGSOutputLayers
+from .build import ROI_BOX_PREDICTOR_REGISTRY
+from .classifier import at_least_float32
+from .reweighted import class_weights
+
+__all__ = [
+    "BAGSWithoutBackgroundGroupOutputLayers",
+    "BAGSWithoutOthersOutputLayers",
+    "ReweightedBAGSOutputLayers",
+]
+
+
+@ROI_BOX_PREDICTOR_REGISTRY.register()
+class BAGSWithoutBackgroundGroupOutputLayers(BAGSOutputLayers):
+    """BAGS without group 0: nothing but each group's "others" tells background apart.
+
+    Scores are each group's softmax, unscaled: ``p_c = softmax(z_g)_c``. The background's, which
+    is looked at by statistics alone, is the smallest P("others") of any group.
+    """
+
+    def group_losses(self, logits, gt_classes):
+        losses, used = super().group_losses(logits, gt_classes)
+        return torch.cat([losses[:1] * 0.0, losses[1:]]), used
+
+    def class_probs(self, logits):
+        parts = [p.softmax(dim=1) for p in at_least_float32(logits).split(self.groups.widths, 1)]
+        class_probs = torch.cat(parts, dim=1).index_select(1, self.groups.class_to_column)
+        others = torch.stack([part[:, 0] for part in parts[1:]]).amin(dim=0)
+        return torch.cat([class_probs, others[:, None]], dim=1)
+
+
+@ROI_BOX_PREDICTOR_REGISTRY.register()
+class BAGSWithoutOthersOutputLayers(BAGSOutputLayers):
+    """BAGS without "others": a group's softmax goes over its classes, and sees only their RoIs.
+
+    So a group has to prefer one of its classes for any RoI, and P(foreground) alone tells whether
+    it is an object. ``MODEL.BAGS.OTHERS_SAMPLE_RATIO`` has no effect.
+    """
+
+    @configurable
+    def __init__(self, input_shape, *, others_sample_ratio: float = 0.0, **kwargs) -> None:
+        """
+        Args:
+            input_shape: shape of the box head's output (ShapeSpec).
+            others_sample_ratio: not used: none are drawn.
+            **kwargs: as for ``BAGSOutputLayers``.
+        """
+        super().__init__(input_shape, others_sample_ratio=0.0, **kwargs)
+
+    def group_losses(self, logits, gt_classes):
+        return super().group_losses(_without_others(logits, self.groups), gt_classes)
+
+    def class_probs(self, logits):
+        return super().class_probs(_without_others(logits, self.groups))
+
+
+@ROI_BOX_PREDICTOR_REGISTRY.register()
+class ReweightedBAGSOutputLayers(BAGSOutputLayers):
+    """BAGS whose groups weigh their classes inversely to the training counts.
+
+    Within a group, class c has the weight ``1 / n_c``, scaled to a mean of 1 over the group and
+    clipped as in ``ReweightedOutputLayers``; "others" and group 0 have the weight 1. The paper
+    does not say how its in-group re-weighting is normalised; this is the rule of its softmax with
+    re-weighting, applied to each group.
+    """
+
+    @configurable
+    def __init__(self, input_shape, *, clip: tuple[float, float] = (0.1, 5.0), **kwargs) -> None:
+        """
+        Args:
+            input_shape: shape of the box head's output (ShapeSpec).
+            clip: least and largest weight.
+            **kwargs: as for ``BAGSOutputLayers``.
+        """
+        super().__init__(input_shape, **kwargs)
+        self.clip = clip
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        ret["clip"] = tuple(cfg.MODEL.REWEIGHT.CLIP)
+        return ret
+
+    def group_losses(self, logits, gt_classes):
+        _, used = super().group_losses(logits.detach(), gt_classes)
+        parts = at_least_float32(logits).split(self.groups.widths, dim=1)
+        weights = group_weights(self.groups, self.clip)
+        losses = []
+        with torch.autocast(logits.device.type, enabled=False):
+            for row in zip(
+                parts, group_targets(gt_classes, self.groups), weights, used, strict=True
+            ):
+                part, target, weight, mask = row
+                loss = F.cross_entropy(part, target, weight.to(part), reduction="none")
+                total = torch.where(mask, loss, loss.new_zeros(())).sum()
+                losses.append(total / mask.sum().clamp(min=1))
+        return torch.stack(losses), used
+
+
+def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> list[torch.Tensor]:
+    """Weights of the columns of group 0 and of every foreground group.
+
+    Args:
+        groups: the class groups, with training counts.
+        clip: least and largest weight.
+
+    Returns:
+        G + 1 tensors of ``groups.widths`` numbers.
+    """
+    weights = [torch.ones(2)]
+    for g in range(1, groups.num_groups + 1):
+        counts = groups.class_counts[groups.class_to_group == g]
+        of_classes = class_weights(counts, "inverse", clip=clip)[:-1] if len(counts) else []
+        weights.append(torch.cat([torch.ones(1), torch.as_tensor(of_classes).cpu()]))
+    return weights
+
+
+def _without_others(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
+    """Logits that give "others" no probability, in groups that have classes."""
+    is_others = torch.zeros(groups.num_logits, dtype=torch.bool)
+    for columns, size in zip(groups.group_slices[1:], groups.sizes, strict=True):
+        is_others[columns.start] = size > 0
+    return logits.masked_fill(is_others.to(logits.device, non_blocking=True), -torch.inf)
