@@ -14,20 +14,17 @@ Inputs:
 """
 
 import argparse
-import ctypes
 import math
-import os
-import re
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import fast_rcnn
 from detectron2.structures import Boxes, Instances
+from memory import added_memory
 from tabulate import tabulate
 
 from bags_d2.modeling import FastRCNNOutputLayers
@@ -97,35 +94,6 @@ def rows_of(result):
     (found,), (rois,) = result
     columns = [found.scores, rois, found.pred_classes, *found.pred_boxes.tensor.T]
     return sorted(zip(*(c.tolist() for c in columns), strict=True), reverse=True)
-
-
-def process_memory(field):
-    """VmRSS (now) or VmHWM (peak) of this process in MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def added_memory(function):
-    """Peak memory in MB that a call adds, measured in a fork."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        # Free memory that malloc keeps would hide what the call needs: none is kept, and tensors
-        # get pages of their own (M_MMAP_THRESHOLD is -3).
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 16)
-        function()  # code that runs for the first time takes memory as well
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        before = process_memory("VmRSS")
-        function()
-        os.write(write, str(process_memory("VmHWM") - before).encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        answer = pipe.read()
-    os.waitpid(pid, 0)
-    return float(answer) if answer else math.nan
 
 
 @torch.no_grad()
