@@ -71,7 +71,7 @@ def test_config_holds_what_its_name_says(name):
         assert stage1.startswith(STAGE_1[data])
     if name.endswith("_RFS"):
         assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
-    assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER or cfg.SOLVER.MAX_ITER == 0
+    assert max(cfg.SOLVER.STEPS, default=-1) < cfg.SOLVER.MAX_ITER
 
 
 def test_every_method_has_an_output_folder_of_its_own():

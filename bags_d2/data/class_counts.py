@@ -17,7 +17,13 @@ from detectron2.utils.file_io import PathManager
 from ..errors import ConfigError, DataError, MissingFileError
 from .json_files import load_json
 
-__all__ = ["count_classes", "missing_dataset_message", "read_class_counts", "training_class_counts"]
+__all__ = [
+    "count_classes",
+    "missing_dataset_message",
+    "read_class_counts",
+    "training_class_counts",
+    "training_image_count",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +78,18 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
     return counts
 
 
+def training_image_count(cfg: CfgNode) -> int:
+    """Number of images of ``DATASETS.TRAIN``, those without annotations included.
+
+    Raises:
+        MissingFileError: if there is no training set, or its annotations do not exist.
+        DataError: if the annotation file is faulty.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise MissingFileError("No training images: DATASETS.TRAIN is empty.")
+    return sum(_count_images(name) for name in cfg.DATASETS.TRAIN)
+
+
 def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
     """Count the classes of one registered data set.
 
@@ -102,8 +120,7 @@ def _counts_and_names(dataset_name: str, by: str) -> tuple[torch.Tensor, list[st
         return torch.tensor(counts), metadata.get("thing_classes")
     if dataset_name not in DatasetCatalog:
         raise MissingFileError(f"Data set '{dataset_name}' (DATASETS.TRAIN) is not registered.")
-    json_file = metadata.get("json_file")
-    if json_file is None:
+    if metadata.get("json_file") is None:
         records = DatasetCatalog.get(dataset_name)
         if metadata.get("thing_classes") is None:  # asked after loading, which may set it
             raise DataError(
@@ -111,14 +128,28 @@ def _counts_and_names(dataset_name: str, by: str) -> tuple[torch.Tensor, list[st
                 "metadata."
             )
         return _count_records(records, metadata.thing_classes, by), metadata.thing_classes
-    path = PathManager.get_local_path(json_file)
+    counts, names, _ = _count_annotations(dataset_name)
+    return counts[COUNTABLE.index(by)].clone(), list(names)
+
+
+def _count_images(dataset_name: str) -> int:
+    if dataset_name not in DatasetCatalog:
+        raise MissingFileError(f"Data set '{dataset_name}' (DATASETS.TRAIN) is not registered.")
+    if MetadataCatalog.get(dataset_name).get("json_file") is None:
+        return len(DatasetCatalog.get(dataset_name))
+    return _count_annotations(dataset_name)[2]
+
+
+def _count_annotations(dataset_name: str) -> tuple[torch.Tensor, tuple[str | None, ...], int]:
+    """What ``_count_json`` finds in the annotation file of a data set."""
+    metadata = MetadataCatalog.get(dataset_name)
+    path = PathManager.get_local_path(metadata.json_file)
     if not os.path.isfile(path):
-        raise MissingFileError(missing_dataset_message(dataset_name, json_file))
+        raise MissingFileError(missing_dataset_message(dataset_name, metadata.json_file))
     id_map = metadata.get("thing_dataset_id_to_contiguous_id")
     stat = os.stat(path)
     version = (stat.st_mtime_ns, stat.st_size)
-    counts, names = _count_json(path, version, frozenset((id_map or {}).items()))
-    return counts[COUNTABLE.index(by)].clone(), list(names)
+    return _count_json(path, version, frozenset((id_map or {}).items()))
 
 
 def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> torch.Tensor:
@@ -220,10 +251,10 @@ def _count_records(records: list[dict], classes: list[str], by: str) -> torch.Te
 @functools.lru_cache(maxsize=32)
 def _count_json(
     path: str, version: tuple[int, int], id_map: frozenset
-) -> tuple[torch.Tensor, tuple[str | None, ...]]:
-    """Instances and images of each class (2, K), and K class names, of a COCO or LVIS JSON.
+) -> tuple[torch.Tensor, tuple[str | None, ...], int]:
+    """Instances and images of each class (2, K), K class names, and the number of images.
 
-    ``version`` (time and size of the file) is there for the cache alone.
+    Of a COCO or LVIS JSON. ``version`` (its time and size) is there for the cache alone.
     """
     content = load_json(path)
     for section in ("annotations", "categories"):
@@ -256,6 +287,5 @@ def _count_json(
             seen.add((c, image_id))
             images[c] += 1
     logger.info("Counted %d instances of %d classes in %s", instances.sum(), len(instances), path)
-    return counts, tuple(
-        name_of.get(category_id) for category_id in sorted(to_class, key=to_class.get)
-    )
+    names = tuple(name_of.get(category_id) for category_id in sorted(to_class, key=to_class.get))
+    return counts, names, len(content.get("images") or ())

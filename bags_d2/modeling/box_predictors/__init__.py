@@ -9,10 +9,14 @@ from .bags_ablations import (
 from .balanced_softmax import BalancedSoftmaxOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY, build_box_predictor
 from .classifier import ClassifierOutputLayers, CountedOutputLayers
+from .eql import EQLOutputLayers
+from .eqlv2 import EQLv2OutputLayers
 from .fast_rcnn import FastRCNNOutputLayers, NormalizedLinear
 from .focal import FocalOutputLayers
 from .lws import LWSOutputLayers
+from .norcal import NorCalOutputLayers
 from .reweighted import ReweightedOutputLayers
+from .seesaw import SeesawOutputLayers
 
 __all__ = [
     "ROI_BOX_PREDICTOR_REGISTRY",
@@ -22,11 +26,15 @@ __all__ = [
     "BalancedSoftmaxOutputLayers",
     "ClassifierOutputLayers",
     "CountedOutputLayers",
+    "EQLOutputLayers",
+    "EQLv2OutputLayers",
     "FastRCNNOutputLayers",
     "FocalOutputLayers",
     "LWSOutputLayers",
+    "NorCalOutputLayers",
     "NormalizedLinear",
     "ReweightedBAGSOutputLayers",
     "ReweightedOutputLayers",
+    "SeesawOutputLayers",
     "build_box_predictor",
 ]

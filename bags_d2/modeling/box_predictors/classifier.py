@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from ...data.class_counts import training_class_counts
@@ -177,6 +178,28 @@ class CountedOutputLayers(ClassifierOutputLayers):
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """A half-precision tensor as float32, others as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def one_hot_targets(gt_classes: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Targets of one sigmoid for each column.
+
+    Args:
+        gt_classes: long tensor (R,), 0..K.
+        num_columns: K, where background is negative for all, or K + 1, where it has the last.
+
+    Returns:
+        Long tensor (R, num_columns).
+    """
+    columns = torch.arange(num_columns, device=gt_classes.device)
+    return (gt_classes[:, None] == columns).long()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all processes, so that what a loss accumulates is the same in each."""
+    if comm.get_world_size() > 1:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # all_reduce ignores strides
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def is_logging_step() -> bool:

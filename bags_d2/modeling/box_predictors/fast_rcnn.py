@@ -1,13 +1,16 @@
 """Detectron2's softmax (or sigmoid) box predictor, with exact top-k inference."""
 
+import functools
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import fast_rcnn
 from detectron2.structures import Instances
 from torch import nn
 from torch.nn import functional as F
 
+from ...data.class_counts import training_class_counts
 from ...errors import ConfigError
 from ..postprocessing import BoxDeltas, fast_rcnn_inference_topk
 from .build import ROI_BOX_PREDICTOR_REGISTRY
@@ -80,6 +83,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
         ret = super().from_config(cfg, input_shape)
         options = cfg.MODEL.ROI_BOX_PREDICTOR
         ret["temperature"] = options.TEMPERATURE if options.NORMALIZED else None
+        ret["get_fed_loss_cls_weights"] = functools.partial(_federated_loss_weights, cfg)
         return ret
 
     def _replace_classifier(self, num_logits: int) -> None:
@@ -151,3 +155,16 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             BoxDeltas(d, p.proposal_boxes.tensor, self.box2box_transform)
             for d, p in zip(deltas, proposals, strict=True)
         ]
+
+
+def _federated_loss_weights(cfg: CfgNode) -> torch.Tensor:
+    """How often federated loss samples each class (K,), for any data set.
+
+    Detectron2 reads the image counts from metadata that it has for LVIS alone. Without the
+    training set there is nothing to train on, and evaluation has no use for the weights.
+    """
+    try:
+        counts = training_class_counts(cfg, by="images")
+    except FileNotFoundError:
+        counts = torch.ones(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    return counts.float() ** cfg.MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER

@@ -1,0 +1,74 @@
+"""NorCal: the scores of a softmax detector, calibrated by training counts at test time."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import cross_entropy
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+from .build import ROI_BOX_PREDICTOR_REGISTRY
+from .classifier import CountedOutputLayers, at_least_float32
+
+__all__ = ["NorCalOutputLayers", "calibrated_probs"]
+
+
+@ROI_BOX_PREDICTOR_REGISTRY.register()
+class NorCalOutputLayers(CountedOutputLayers):
+    """A softmax classifier whose test scores are calibrated (:func:`calibrated_probs`).
+
+    It trains as a softmax, and its parameters have the names of Detectron2's, so that any softmax
+    checkpoint can be evaluated with it. The paper counts training images; here
+    ``MODEL.BAGS.COUNT_BY`` decides.
+    """
+
+    @configurable
+    def __init__(self, input_shape, *, gamma: float = 0.6, **kwargs) -> None:
+        """
+        Args:
+            input_shape: shape of the box head's output (ShapeSpec).
+            gamma: exponent of the counts; 0 is the softmax.
+            **kwargs: as for ``CountedOutputLayers``.
+
+        Raises:
+            ConfigError: if gamma is negative.
+        """
+        super().__init__(input_shape, **kwargs)
+        if not gamma >= 0:
+            raise ConfigError(f"MODEL.NORCAL.GAMMA must be 0.0 or more, found {gamma}.")
+        self.gamma = gamma
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        ret["gamma"] = cfg.MODEL.NORCAL.GAMMA
+        return ret
+
+    def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, mean over RoIs."""
+        return cross_entropy(at_least_float32(logits), gt_classes)
+
+    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """:func:`calibrated_probs`."""
+        self.counts.require_determined()
+        return calibrated_probs(logits, self.counts.class_counts, self.gamma)
+
+
+def calibrated_probs(
+    logits: torch.Tensor, counts: torch.Tensor, gamma: float = 0.6
+) -> torch.Tensor:
+    """``p_c = e^{z_c} N_c^-gamma / (sum_c' e^{z_c'} N_c'^-gamma + e^{z_bg})``.
+
+    Pan et al., NeurIPS 2021, eq. 4 and 5: the foreground classes are divided by a power of their
+    training counts, and normalised together with the unchanged background.
+
+    Args:
+        logits: (R, K + 1), any floating dtype; computed in float32 at least.
+        counts: N, (K,); 0 counts as 1.
+        gamma: exponent.
+
+    Returns:
+        Tensor (R, K + 1), background last.
+    """
+    shift = F.pad(-gamma * counts.clamp(min=1).double().log(), (0, 1))
+    logits = at_least_float32(logits)
+    return (logits + shift.to(logits)).softmax(dim=1)
