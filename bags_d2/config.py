@@ -21,6 +21,8 @@ def add_bags_config(cfg: CfgNode) -> None:
     # Cosine classifier: weights and features are normalised, and cosines scaled by TEMPERATURE.
     cfg.MODEL.ROI_BOX_PREDICTOR.NORMALIZED = False
     cfg.MODEL.ROI_BOX_PREDICTOR.TEMPERATURE = 20.0
+    # Start stage 2 with a new classifier where MODEL.WEIGHTS has one that would fit (cRT).
+    cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE = False
 
     cfg.MODEL.BAGS = CfgNode()
     # Edges of the half-open bins of training count that make the foreground groups: (10, 100,
@@ -82,3 +84,8 @@ def add_bags_config(cfg: CfgNode) -> None:
     # Leave out of training steps what reaches no trainable parameter: losses of frozen parts, and
     # the mask head. What trains, trains the same way; False runs everything, to log all losses.
     cfg.MODEL.SKIP_FROZEN = True
+
+    # DATALOADER.SAMPLER_TRAIN may also be "ClassBalancedTrainingSampler" (an image of a class that
+    # is drawn evenly) or "TailTrainingSampler": images that show a class of fewer training
+    # instances than this.
+    cfg.DATALOADER.TAIL_MAX_COUNT = 100

@@ -29,7 +29,14 @@ class LongTailCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model, save_dir="", *, evaluating: bool = False, stage2: bool = False, **kwargs
+        self,
+        model,
+        save_dir="",
+        *,
+        evaluating: bool = False,
+        stage2: bool = False,
+        new_classifier: bool = False,
+        **kwargs,
     ) -> None:
         """
         Args:
@@ -37,12 +44,21 @@ class LongTailCheckpointer(DetectionCheckpointer):
             save_dir: folder of the checkpoints.
             evaluating: whether the weights are to be used as they are.
             stage2: whether MODEL.TRAINABLE_PARAMS selects a part of the model to train.
+            new_classifier: whether the classifier of an initial checkpoint is to be left out; that
+                of a run which is resumed is not.
             **kwargs: as for ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.evaluating = evaluating
         self.stage2 = stage2
+        self.new_classifier = new_classifier
+        self._resuming = False
         self._path = ""
+
+    def resume_or_load(self, path, *, resume=True):
+        """As the parent's."""
+        self._resuming = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
 
     def load(self, path, *args, **kwargs):
         """As the parent's; a local file that does not exist is a MissingFileError."""
@@ -58,6 +74,9 @@ class LongTailCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint):
         weights = checkpoint["model"]
         _strip_prefix_if_present(weights, "module.")
+        if self.new_classifier and not self._resuming:
+            for name in [n for n in weights if ".box_predictor." in n and ".cls_score." in n]:
+                del weights[name]
         grouped = {n: m for n, m in self.model.named_modules() if isinstance(m, ClassGroups)}
         for name, groups in grouped.items():
             self._check_groups(name, groups, weights)

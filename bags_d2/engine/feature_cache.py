@@ -194,6 +194,11 @@ class FeatureCache:
         )
         _refuse_difference(self.folder, self.settings, wanted)
 
+    def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Features (R, D) float16 and labels (R,) of all views and images, a shard at a time."""
+        for features, labels in zip(self._features, self._labels, strict=True):
+            yield torch.from_numpy(np.array(features)), torch.from_numpy(labels).long()
+
     def read(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """RoIs of some images.
 
@@ -250,9 +255,7 @@ def extract_features(
             return
 
     model = load_frozen_detector(cfg)
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    records = training_records(cfg)
     order = range(len(records))
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         # As online: padding portraits and landscapes to a common size costs up to twice the work.
@@ -272,18 +275,20 @@ def extract_features(
     comm.synchronize()
 
 
+def training_records(cfg: CfgNode) -> list[dict]:
+    """Records of the training images, in the order that positions in a cache refer to."""
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+
+
 def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """The model of stage 2 with the weights of stage 1, ready for both passes.
 
     Raises:
         ConfigError: if features of the classifier's input alone cannot stand for training it:
-            it is a cascade, other parts train as well, or the sampler repeats images.
+            it is a cascade, or other parts train as well.
     """
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}', but a classifier is "
-            "fitted on images drawn evenly; set it to TrainingSampler or use train_net.py."
-        )
     model = BAGSTrainer.build_model(cfg)
     heads = getattr(model, "roi_heads", None)
     if (
@@ -308,7 +313,12 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
             "cached features serve the classifier alone; set it to "
             "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
         )
-    LongTailCheckpointer(model, cfg.OUTPUT_DIR, stage2=True).load(cfg.MODEL.WEIGHTS)
+    LongTailCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        stage2=True,
+        new_classifier=cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE,
+    ).load(cfg.MODEL.WEIGHTS)
     return model.train()
 
 

@@ -17,13 +17,15 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from torch import nn
 
-from ..errors import ConfigError
+from ..data.samplers import EpochOrder, epoch_order
+from ..errors import ConfigError, DataError
 from .feature_cache import (
     FeatureCache,
     first_difference,
     load_frozen_detector,
     seed_generators,
     select_config,
+    training_records,
 )
 from .trainer import BAGSTrainer
 
@@ -65,7 +67,12 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     seed_all_rng(_seed_of(cfg))
     model = load_frozen_detector(cfg)
     predictor = model.roi_heads.box_predictor
-    batches = CachedBatches(cache, *_batch_sizes(cfg), _seed_of(cfg))
+    path = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    if hasattr(predictor, "fit_features"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        predictor.fit_features(cache.parts())
+        return _save_detector(model, path)
+    batches = CachedBatches(cache, *_batch_sizes(cfg), _seed_of(cfg), _epoch_order(cfg, cache))
     optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
     trainer = SimpleTrainer(
         ClassifierLoss(predictor, model.device), batches, optimizer, gather_metric_period=LOG_PERIOD
@@ -85,26 +92,47 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
     trainer.train(batches.start, cfg.SOLVER.MAX_ITER)
 
-    path = output_dir / "model_final.pth"
-    _save({"model": model.state_dict()}, path)
+    _save_detector(model, path)
     progress.path.unlink(missing_ok=True)
+    return path
+
+
+def _save_detector(model: nn.Module, path: Path) -> Path:
+    _save({"model": model.state_dict()}, path)
     logger.info("The detector with the fitted classifier is in '%s'.", path)
     return path
+
+
+def _epoch_order(cfg: CfgNode, cache: FeatureCache) -> EpochOrder:
+    # Images that are drawn evenly need not be looked at, which may take longer than all of pass 2.
+    evenly = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
+    records = [{}] * cache.num_images if evenly else training_records(cfg)
+    if len(records) != cache.num_images:
+        raise DataError(
+            f"The training set has {len(records)} images and {cache} another number; delete the "
+            "cache, or name another with --cache."
+        )
+    return epoch_order(cfg, records)
 
 
 class CachedBatches:
     """Endless batches of cached images in the order of a training run.
 
-    As Detectron2's ``TrainingSampler`` does, every image comes once in an epoch, in a new order
-    each time, and batches run over the ends of epochs. Epoch after epoch takes the next view.
-    A batch follows from the seed and its step alone, so a run can go on anywhere.
+    Every epoch has the order of ``DATALOADER.SAMPLER_TRAIN``, a new one each time, and batches run
+    over the ends of epochs. Epoch after epoch takes the next view. A batch follows from the seed
+    and its step alone, so a run can go on anywhere.
 
     Attributes:
         start: step of the first batch.
     """
 
     def __init__(
-        self, cache: FeatureCache, images_per_part: int, num_parts: int, seed: int = 0
+        self,
+        cache: FeatureCache,
+        images_per_part: int,
+        num_parts: int,
+        seed: int = 0,
+        order: EpochOrder | None = None,
     ) -> None:
         """
         Args:
@@ -112,11 +140,13 @@ class CachedBatches:
             images_per_part: images of a device's batch.
             num_parts: devices.
             seed: seed of the order.
+            order: positions of an epoch's images; None takes each once.
         """
         self.cache = cache
         self.images_per_part = images_per_part
         self.num_parts = num_parts
         self.seed = seed
+        self.order = order or (lambda g: torch.randperm(cache.num_images, generator=g))
         self.start = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,13 +159,13 @@ class CachedBatches:
 
     def _keys(self, start: int) -> Iterator[tuple[int, int]]:
         """View and image of every sample from a given one on."""
-        num_images = self.cache.num_images
         generator = torch.Generator()
-        for epoch in itertools.count(start // num_images):
+        for epoch in itertools.count():
             generator.manual_seed(_step_seed(self.seed, epoch))
-            order = torch.randperm(num_images, generator=generator).tolist()
-            for image in order[max(start - epoch * num_images, 0) :]:
+            order = self.order(generator).tolist()
+            for image in order[start:]:
                 yield epoch % self.cache.settings.views, image
+            start = max(start - len(order), 0)
 
 
 class ClassifierLoss(nn.Module):

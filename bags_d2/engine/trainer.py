@@ -9,7 +9,11 @@ from collections import OrderedDict
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -23,6 +27,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..data.class_counts import training_class_counts
+from ..data.samplers import OWN_SAMPLERS, EpochSampler, epoch_order
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_counts import ClassCounts
@@ -67,6 +72,7 @@ class BAGSTrainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             stage2=bool(cfg.MODEL.TRAINABLE_PARAMS),
+            new_classifier=cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -86,6 +92,19 @@ class BAGSTrainer(DefaultTrainer):
         for groups in _modules(model, ClassGroups)[:1]:
             logger.info("Class groups by training count: %s", groups)
         return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Detectron2's loader, with the samplers of ``data/samplers.py`` as well."""
+        if cfg.DATALOADER.SAMPLER_TRAIN not in OWN_SAMPLERS:
+            return super().build_train_loader(cfg)
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        sampler = EpochSampler(epoch_order(cfg, records))
+        return build_detection_train_loader(cfg, dataset=records, sampler=sampler)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

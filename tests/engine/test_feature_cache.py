@@ -228,7 +228,6 @@ def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):
         (("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads"), "MODEL.ROI_HEADS.NAME"),
         (("MODEL.TRAINABLE_PARAMS", ()), "MODEL.TRAINABLE_PARAMS"),
         (("MODEL.TRAINABLE_PARAMS", ("roi_heads.box_predictor.*",)), "bbox_pred"),
-        (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), "SAMPLER_TRAIN"),
     ],
 )
 def test_what_a_cache_cannot_stand_for_is_refused(options, message, make_cfg, tmp_path):

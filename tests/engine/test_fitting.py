@@ -25,7 +25,13 @@ from bags_d2.engine.feature_cache import (
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, _Progress, fit_classifier
+from bags_d2.engine.fitting import (
+    CachedBatches,
+    ClassifierLoss,
+    _epoch_order,
+    _Progress,
+    fit_classifier,
+)
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 SETS = {"fitted_train": "train", "fitted_val": "val"}
@@ -232,3 +238,68 @@ def test_logs_say_what_is_fitted(cfg_of, stage1, log_lines):
     lines = log_lines("bags_d2")
     fit_classifier(cfg_of(*BAGS), stage1 / "cache")
     assert any("Fitting the classifier of BAGSOutputLayers" in line for line in lines)
+
+
+# Samplers, new classifiers, and classifiers that are computed
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    ["RepeatFactorTrainingSampler", "ClassBalancedTrainingSampler", "TailTrainingSampler"],
+)
+def test_batches_follow_the_sampler_and_go_on_anywhere(cfg_of, stage1, sampler):
+    cfg = cfg_of(
+        *("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.5),
+        *("DATALOADER.TAIL_MAX_COUNT", 20),
+    )
+    cache = FeatureCache(stage1 / "cache")
+    order = _epoch_order(cfg, cache)
+    keys = list(itertools.islice(CachedBatches(cache, 2, 1, 7, order)._keys(0), 300))
+    expected = []
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        expected += [(epoch % 2, image) for image in order(generator).tolist()]
+        if len(expected) >= 300:
+            break
+    assert keys == expected[:300]
+    assert {image for _, image in keys} <= set(range(NUM_IMAGES))
+    for start in (1, 34, 35, 36, 170):
+        resumed = itertools.islice(CachedBatches(cache, 2, 1, 7, order)._keys(start), 40)
+        assert list(resumed) == keys[start : start + 40]
+
+
+def test_an_unknown_sampler_is_refused(cfg_of, stage1):
+    cfg = cfg_of(*BAGS, "DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler")
+    with pytest.raises(ConfigError, match=r"DATALOADER\.SAMPLER_TRAIN is 'RandomSubset"):
+        fit_classifier(cfg, stage1 / "cache")
+
+
+def test_a_classifier_is_kept_or_drawn_anew(cfg_of, stage1):
+    stored = weights_of(stage1 / "model.pth")
+    name = "roi_heads.box_predictor.cls_score.weight"
+    kept = load_frozen_detector(cfg_of(*SOFTMAX)).state_dict()
+    # The stage-1 detector of these tests is a softmax one: its classifier fits.
+    assert torch.equal(kept[name], stored[name])
+    new = load_frozen_detector(
+        cfg_of(*SOFTMAX, "MODEL.ROI_BOX_PREDICTOR.REINITIALIZE", True)
+    ).state_dict()
+    assert not torch.equal(new[name], stored[name])
+    different = {k for k in stored if not torch.equal(new[k], stored[k])}
+    assert different <= {name, "roi_heads.box_predictor.cls_score.bias"}
+
+
+def test_class_means_are_fitted_and_evaluated(cfg_of, stage1):
+    cfg = cfg_of("MODEL.ROI_BOX_PREDICTOR.NAME", "NearestMeanOutputLayers")
+    path = fit_classifier(cfg, stage1 / "cache")
+    means = weights_of(path)["roi_heads.box_predictor.class_means"]
+    cache = FeatureCache(stage1 / "cache")
+    rois = [cache.read([(view, i)]) for view in range(2) for i in range(NUM_IMAGES)]
+    features = torch.cat([f for f, _ in rois]).double()
+    labels = torch.cat([x for _, x in rois])
+    for c in labels.unique()[:-1].tolist():
+        torch.testing.assert_close(means[c], features[labels == c].mean(0).float())
+    arguments = ["--config-file", str(TINY), "--eval-only", *map(str, OPTIONS)]
+    arguments += ["MODEL.ROI_BOX_PREDICTOR.NAME", "NearestMeanOutputLayers"]
+    arguments += ["MODEL.WEIGHTS", str(path), "OUTPUT_DIR", str(path.parent)]
+    results = train_net.main(default_argument_parser().parse_args(arguments))
+    assert "AP" in results["bbox"]

@@ -14,6 +14,7 @@ from .eqlv2 import EQLv2OutputLayers
 from .fast_rcnn import FastRCNNOutputLayers, NormalizedLinear
 from .focal import FocalOutputLayers
 from .lws import LWSOutputLayers
+from .nearest_mean import NearestMeanOutputLayers
 from .norcal import NorCalOutputLayers
 from .reweighted import ReweightedOutputLayers
 from .seesaw import SeesawOutputLayers
@@ -31,6 +32,7 @@ __all__ = [
     "FastRCNNOutputLayers",
     "FocalOutputLayers",
     "LWSOutputLayers",
+    "NearestMeanOutputLayers",
     "NorCalOutputLayers",
     "NormalizedLinear",
     "ReweightedBAGSOutputLayers",

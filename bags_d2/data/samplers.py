@@ -1,0 +1,148 @@
+"""In which order a training run takes its images: samplers for long-tailed data.
+
+An epoch's order is a function of a random generator alone, so that training from images and from
+cached features (``engine/fitting.py``) can take the same one.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+from ..errors import ConfigError, DataError
+from .class_counts import training_class_counts
+
+__all__ = ["OWN_SAMPLERS", "EpochSampler", "class_balanced_order", "epoch_order", "repeated_order"]
+
+EpochOrder = Callable[[torch.Generator], torch.Tensor]
+
+# Values of DATALOADER.SAMPLER_TRAIN that Detectron2 does not have:
+# - each sample is an image of a class that is drawn evenly (cRT; Kang et al., ICLR 2020, section
+#   4: class-balanced sampling);
+# - images that show a class of the tail, evenly.
+CLASS_BALANCED = "ClassBalancedTrainingSampler"
+TAIL = "TailTrainingSampler"
+OWN_SAMPLERS = (CLASS_BALANCED, TAIL)
+
+
+class EpochSampler(Sampler):
+    """Endless sampler that goes from epoch to epoch, shared by all processes.
+
+    As Detectron2's ``TrainingSampler``, every process draws the same stream and takes its share.
+    """
+
+    def __init__(self, order: EpochOrder, seed: int | None = None) -> None:
+        """
+        Args:
+            order: positions of an epoch's images.
+            seed: of the stream; must be the same in all processes. None draws a common one.
+        """
+        self.order = order
+        self.seed = comm.shared_random_seed() if seed is None else seed
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.islice(self._stream(), comm.get_rank(), None, comm.get_world_size())
+
+    def _stream(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from self.order(generator).tolist()
+
+
+def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
+    """The order that ``DATALOADER.SAMPLER_TRAIN`` means.
+
+    Args:
+        cfg: the config.
+        records: Detectron2's records of the training images; of ``TrainingSampler`` only their
+            number counts.
+
+    Raises:
+        ConfigError: if there is no such sampler here.
+        DataError: if no image has what the sampler is to draw.
+    """
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return lambda generator: torch.randperm(len(records), generator=generator)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return lambda generator: repeated_order(factors, generator)
+    if name == CLASS_BALANCED:
+        images_of_class = _images_of_classes(records)
+        return lambda generator: class_balanced_order(images_of_class, len(records), generator)
+    if name == TAIL:
+        is_tail = training_class_counts(cfg, by="instances") < cfg.DATALOADER.TAIL_MAX_COUNT
+        images = [i for i, r in enumerate(records) if any(is_tail[c] for c in _classes_of(r))]
+        if not images:
+            raise DataError(
+                f"No training image shows a class of fewer than {cfg.DATALOADER.TAIL_MAX_COUNT} "
+                "instances; raise DATALOADER.TAIL_MAX_COUNT."
+            )
+        images = torch.tensor(images)
+        return lambda generator: images[torch.randperm(len(images), generator=generator)]
+    known = ("TrainingSampler", "RepeatFactorTrainingSampler", *OWN_SAMPLERS)
+    raise ConfigError(
+        f"DATALOADER.SAMPLER_TRAIN is '{name}', which is none of {', '.join(known)}; set it to one "
+        "of these, or train with train_net.py."
+    )
+
+
+def repeated_order(factors: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An epoch in which image i comes ``factors[i]`` times on average.
+
+    The fraction is rounded up or down at random, as in Detectron2's sampler (Gupta et al., CVPR
+    2019).
+
+    Args:
+        factors: (N,), 1 or more.
+        generator: source of randomness.
+
+    Returns:
+        Positions, in random order.
+    """
+    up = torch.rand(len(factors), generator=generator) < factors.frac()
+    positions = torch.arange(len(factors)).repeat_interleave(factors.long() + up)
+    return positions[torch.randperm(len(positions), generator=generator)]
+
+
+def class_balanced_order(
+    images_of_class: Sequence[torch.Tensor], num_draws: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Draws of a class, each as likely as any other, and then of one of its images.
+
+    Args:
+        images_of_class: positions of the images of each class that has any.
+        num_draws: length of the epoch.
+        generator: source of randomness.
+
+    Returns:
+        Positions (num_draws,).
+    """
+    sizes = torch.tensor([len(images) for images in images_of_class])
+    starts = sizes.cumsum(0) - sizes
+    classes = torch.randint(len(sizes), (num_draws,), generator=generator)
+    within = (
+        torch.rand(num_draws, generator=generator, dtype=torch.float64) * sizes[classes]
+    ).long()
+    return torch.cat(list(images_of_class))[starts[classes] + within]
+
+
+def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:
+    images: dict[int, list[int]] = {}
+    for i, record in enumerate(records):
+        for c in _classes_of(record):
+            images.setdefault(c, []).append(i)
+    if not images:
+        raise DataError("The training set has no annotations to balance the classes by.")
+    return [torch.tensor(images[c]) for c in sorted(images)]
+
+
+def _classes_of(record: dict) -> set[int]:
+    """Classes that a record shows; crowds do not count, since training leaves them out."""
+    return {a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)}
