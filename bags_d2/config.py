@@ -89,3 +89,9 @@ def add_bags_config(cfg: CfgNode) -> None:
     # is drawn evenly) or "TailTrainingSampler": images that show a class of fewer training
     # instances than this.
     cfg.DATALOADER.TAIL_MAX_COUNT = 100
+
+    # Also measure AP-fixed on LVIS: the best DETECTIONS_PER_CLASS of each class over the data set
+    # count, however many an image has. TEST.DETECTIONS_PER_IMAGE should then be large; the usual
+    # measures take the best 300 of an image in any case.
+    cfg.TEST.LVIS_AP_FIXED = False
+    cfg.TEST.DETECTIONS_PER_CLASS = 10000

@@ -155,7 +155,17 @@ class BAGSTrainer(DefaultTrainer):
                 f"Data set '{dataset_name}' has evaluator_type '{kind}'; supported are "
                 f"{sorted(kinds)}, set by its registration (docs/datasets.md)."
             )
-        return kinds[kind](dataset_name, output_dir=output_folder, class_counts=class_counts)
+        options = {}
+        if cfg.TEST.LVIS_AP_FIXED:
+            if kind != "lvis":
+                raise ConfigError(
+                    f"TEST.LVIS_AP_FIXED is a measure of LVIS, but data set '{dataset_name}' has "
+                    f"evaluator_type '{kind}'; set it to False."
+                )
+            options["detections_per_class"] = cfg.TEST.DETECTIONS_PER_CLASS
+        return kinds[kind](
+            dataset_name, output_dir=output_folder, class_counts=class_counts, **options
+        )
 
     @classmethod
     def test(

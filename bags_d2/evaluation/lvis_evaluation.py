@@ -28,6 +28,7 @@ from hotcoco import COCOeval, StreamingEval
 
 from ..data.json_files import load_json
 from ..errors import ConfigError, DataError
+from .ap_fixed import BestDetections, run_without_image_cap
 from .bins import (
     DEFAULT_COUNT_THRESHOLDS,
     ap_per_bin,
@@ -202,7 +203,7 @@ def evaluate_lvis_predictions(
         _check_detections(image_detections, ground_truth, iou_type)
         _update(stream, ground_truth, iou_type, image_id, image_detections, max_dets_per_image)
     return _summarize(
-        stream.finalize(), ground_truth, class_counts, count_thresholds, max_dets_per_image
+        stream.finalize(), ground_truth, class_counts, count_thresholds, f"AR@{max_dets_per_image}"
     ).metrics
 
 
@@ -231,6 +232,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
         max_dets_per_image: int = MAX_DETS_LIMIT,
+        detections_per_class: int | None = None,
     ) -> None:
         """
         Args:
@@ -243,6 +245,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 ... and bAP.
             count_thresholds: bounds of the bins of AP1, AP2, ...
             max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
+            detections_per_class: also measure AP-fixed (`evaluation/ap_fixed.py`), with this many
+                detections of each class over the data set, as "bbox_fixed" and "segm_fixed". It
+                sees all detections of an image, of which the detector should give many.
 
         Raises:
             AnnotationError: for an annotation file that is missing or not in LVIS format.
@@ -257,6 +262,12 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._output_dir = output_dir
         self._count_thresholds = tuple(count_thresholds)
         self._max_dets_per_image = max_dets_per_image
+        if detections_per_class is not None and detections_per_class < 1:
+            raise ConfigError(
+                f"detections_per_class (TEST.DETECTIONS_PER_CLASS) is {detections_per_class}: set "
+                "it to 1 or more."
+            )
+        self._detections_per_class = detections_per_class
 
         metadata = MetadataCatalog.get(dataset_name)
         if metadata.get("json_file") is None:
@@ -289,6 +300,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._streams = {
             task: _new_stream(self._ground_truth, task) for task in self._tasks or TASKS
         }
+        self._best = {}
+        if self._detections_per_class is not None:
+            self._best = {
+                task: BestDetections(self._detections_per_class) for task in self._streams
+            }
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
         self._writer = None
@@ -343,7 +359,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        parts = [(self._streams, self._seen, self._mask_presence)]
+        parts = [(self._streams, self._best, self._seen, self._mask_presence)]
         if self._distributed:
             comm.synchronize()
             parts = comm.gather(parts[0], dst=0)
@@ -355,12 +371,14 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             )
             return OrderedDict()
 
-        streams, seen, mask_presence = zip(*parts, strict=True)
+        streams, best, seen, mask_presence = zip(*parts, strict=True)
         self._report_coverage(seen)
-        return OrderedDict(
-            (task, self._evaluate_task(task, [s[task] for s in streams]))
-            for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence))
-        )
+        results = OrderedDict()
+        for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence)):
+            results[task] = self._evaluate_task(task, [s[task] for s in streams])
+            if self._detections_per_class is not None:
+                results[f"{task}_fixed"] = self._evaluate_fixed(task, [b[task] for b in best])
+        return results
 
     def _to_lvis_format(self, instances: Instances, image_id: int) -> list[dict]:
         classes = instances.pred_classes
@@ -389,6 +407,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             _update(
                 stream, self._ground_truth, task, image_id, detections, self._max_dets_per_image
             )
+            if self._detections_per_class is not None:
+                kept = _prepare_detections(detections, task, len(detections))
+                self._best[task].add(image_id, kept)
 
     def _report_coverage(self, seen: Sequence[set[int]]) -> None:
         union = set().union(*seen)
@@ -410,12 +431,26 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         for image_id in self._ground_truth.images:
             _update(empty, self._ground_truth, task, image_id, (), self._max_dets_per_image)
         evaluation = StreamingEval.merge([empty, *streams]).finalize()
+        return self._report(task, evaluation, f"AR@{self._max_dets_per_image}")
+
+    def _evaluate_fixed(self, task: str, best: Sequence[BestDetections]) -> dict[str, float]:
+        merged = BestDetections(self._detections_per_class)
+        for part in best:
+            merged.merge(part)
+        truth = self._ground_truth
+        evaluation = run_without_image_cap(
+            list(truth.images.values()),
+            truth.categories,
+            [a for image in truth.images for a in _ground_truth_of_image(truth, task, image)],
+            merged.detections(),
+            task,
+        )
+        return self._report(f"{task}_fixed", evaluation, "AR")
+
+    def _report(self, task: str, evaluation: COCOeval, recall_name: str) -> dict[str, float]:
+        """Summarise, log, and write the table of classes."""
         result = _summarize(
-            evaluation,
-            self._ground_truth,
-            self._class_counts,
-            self._count_thresholds,
-            self._max_dets_per_image,
+            evaluation, self._ground_truth, self._class_counts, self._count_thresholds, recall_name
         )
         logger.info("Evaluation results for %s:\n%s", task, create_small_table(result.metrics))
         if self._class_counts is not None:
@@ -530,7 +565,7 @@ def _summarize(
     ground_truth: LVISGroundTruth,
     class_counts: np.ndarray | None,
     count_thresholds: Sequence[int],
-    max_dets: int,
+    recall_name: str,
 ) -> LVISResult:
     evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # (T, R, K, areas)
@@ -554,7 +589,7 @@ def _summarize(
             f"AP{frequency}": _percent(precision[:, :, classes, every_size])
             for frequency, classes in of_frequency.items()
         },
-        f"AR@{max_dets}": _percent(recall[..., every_size]),
+        recall_name: _percent(recall[..., every_size]),
     }
     ap = 100 * per_class_ap(precision[..., every_size])
     if class_counts is not None:

@@ -4,13 +4,18 @@ Shapes in this file: R RoIs of the whole per-device batch, K foreground classes,
 groups, C = K + G + 2 logits. ``gt_classes`` hold 0..K-1 for foreground and K for background.
 
 Nothing here waits for the device: quantities that depend on the data (how many RoIs lie in a
-group, how many "others" to draw) stay tensors, so sampling is done by ranking random keys
-instead of by picking a data-dependent number of indices.
+group, how many "others" to draw) stay tensors, so sampling masks a random order of all RoIs
+instead of picking a data-dependent number of indices.
+
+Passes over memory of the logits' size take the time, arithmetic hardly any. Hence one buffer of
+that size, in which each group owns some columns, and work in place: a softmax for each group would
+first copy its columns, and autograd would keep several such buffers.
 """
 
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .groups import ClassGroups
@@ -48,16 +53,17 @@ def sample_others(
     num_in = in_group.sum(dim=1, keepdim=True)  # (G, 1)
     if math.isinf(others_sample_ratio):
         return ~in_group & (num_in > 0)
-    # In float64, as Python computes int(ratio * n); clamped, as a product may not fit an integer.
-    num_rois = in_group.shape[1]
-    wanted = (num_in.double() * others_sample_ratio).clamp(max=num_rois).long()
-    keys = torch.rand(in_group.shape, generator=generator, device=in_group.device)
-    # RoIs of the group itself go to the end of the ranking and are masked out afterwards, which
-    # also covers the case that fewer "others" exist than are wanted.
-    order = keys.masked_fill(in_group, 2.0).argsort(dim=1)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(num_rois, device=order.device).expand_as(order))
-    return (rank < wanted) & ~in_group
+    # All RoIs queue up in random order, and the first ones from outside are drawn. The product is
+    # taken in float64 as in Python, and a whole number is at most x just if it is at most int(x).
+    queue = torch.stack(
+        [
+            torch.randperm(in_group.shape[1], generator=generator, device=in_group.device)
+            for _ in range(in_group.shape[0])
+        ]
+    )
+    outside = ~in_group.gather(1, queue)
+    drawn = outside & (outside.cumsum(dim=1) <= num_in.double() * others_sample_ratio)
+    return torch.zeros_like(in_group).scatter_(1, queue, drawn)
 
 
 def group_targets(gt_classes: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
@@ -74,23 +80,8 @@ def group_targets(gt_classes: torch.Tensor, groups: ClassGroups) -> torch.Tensor
         ValueError: for labels outside 0..K (on CUDA: a device-side assertion, which does not
             wait for the device).
     """
-    num_classes = groups.num_classes
-    in_range = ((gt_classes >= 0) & (gt_classes <= num_classes)).all()
-    if gt_classes.device.type == "cpu":
-        if not in_range:
-            raise ValueError(
-                f"gt_classes must lie in 0..{num_classes} ({num_classes} is background), found "
-                f"{int(gt_classes.min())}..{int(gt_classes.max())}"
-            )
-    else:
-        torch._assert_async(in_range)
-    # Background gets group 0 and slot 0, so that it lies in no foreground group.
-    group_of = F.pad(groups.class_to_group.to(gt_classes.device), (0, 1))[gt_classes]  # (R,)
-    slot_of = F.pad(groups.class_to_slot.to(gt_classes.device), (0, 1))[gt_classes]
-    group_ids = torch.arange(1, groups.num_groups + 1, device=gt_classes.device)
-    in_group = group_of == group_ids[:, None]  # (G, R)
-    is_foreground = (gt_classes < num_classes).long()
-    return torch.cat([is_foreground[None], in_group * slot_of])
+    columns, starts = _target_columns(gt_classes, groups)
+    return (columns - starts).t()
 
 
 def group_softmax_loss(
@@ -127,22 +118,11 @@ def group_softmax_loss(
     """
     groups.require_determined()
     _check_width(logits, groups)
-    logits = _at_least_float32(logits)
-    targets = group_targets(gt_classes, groups)
-    in_group = targets[1:] > 0
+    columns, starts = _target_columns(gt_classes, groups)
+    in_group = (columns > starts).t()[1:]
     others = sample_others(in_group, others_sample_ratio, generator)
-    used = torch.cat([torch.ones_like(targets[:1], dtype=torch.bool), in_group | others])
-    with torch.autocast(logits.device.type, enabled=False):
-        losses = torch.stack(
-            [
-                F.cross_entropy(part, target, reduction="none")
-                # split() rather than slices: its backward pass joins the parts' gradients once.
-                for part, target in zip(logits.split(groups.widths, dim=1), targets, strict=True)
-            ]
-        )  # (G + 1, R)
-    # where() rather than a product: an infinite loss of an unused RoI must not turn into NaN.
-    total = torch.where(used, losses, losses.new_zeros(())).sum(dim=1)
-    losses = total / used.sum(dim=1).clamp(min=1)
+    used = torch.cat([torch.ones_like(others[:1]), in_group | others])
+    losses = _GroupCrossEntropy.apply(_at_least_float32(logits), columns, used.t(), groups)
     return (losses, used) if return_used else losses
 
 
@@ -165,11 +145,86 @@ def merge_group_probs(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor
     groups.require_determined()
     _check_width(logits, groups)
     logits = _at_least_float32(logits)
-    with torch.autocast(logits.device.type, enabled=False):
-        probs = torch.cat([part.softmax(dim=1) for part in logits.split(groups.widths, 1)], dim=1)
-    foreground = probs[:, 1:2]
-    class_probs = probs.index_select(1, groups.class_to_column.to(logits.device)) * foreground
-    return torch.cat([class_probs, probs[:, :1]], dim=1)
+    objectness = logits[:, :2].softmax(dim=1)
+    probs = _exp_(_below_maxima(logits, groups))
+    if probs.requires_grad:
+        probs = probs.clone()  # autograd keeps the exponentials; they must not be scaled in place
+    probs[:, :2] = objectness
+    for columns in groups.group_slices[1:]:
+        part = probs[:, columns]
+        part *= objectness[:, 1:] / part.sum(dim=1, keepdim=True)
+    columns = F.pad(groups.class_to_column.to(logits.device), (0, 1))  # background is column 0
+    # gather() rather than index_select(), which does not gain from several CPU threads.
+    return probs.gather(1, columns.expand(logits.shape[0], -1))
+
+
+class _GroupCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of each group's softmax over the RoIs that it uses: (G + 1,).
+
+    The backward pass turns the exponentials of the forward pass into the gradient, in place. Should
+    the graph be retained and gone through once more, they are computed anew.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, columns, used, groups):
+        # columns, used: (R, G + 1)
+        exponents = _below_maxima(logits, groups)
+        at_target = exponents.gather(1, columns)
+        exponentials = _exp_(exponents)
+        totals = torch.cat(
+            [part.sum(dim=1, keepdim=True) for part in exponentials.split(groups.widths, dim=1)],
+            dim=1,
+        )
+        num_used = used.sum(dim=0).clamp(min=1)
+        ctx.save_for_backward(logits, columns, used, num_used, totals)
+        ctx.groups, ctx.exponentials = groups, exponentials
+        # where() rather than a product: an infinite loss of an unused RoI must not turn into NaN.
+        return torch.where(used, totals.log() - at_target, 0.0).sum(dim=0) / num_used
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        logits, columns, used, num_used, totals = ctx.saved_tensors
+        gradient, ctx.exponentials = ctx.exponentials, None
+        if gradient is None:
+            gradient = _exp_(_below_maxima(logits, ctx.groups))
+        weights = used * (grad_losses / num_used)  # (R, G + 1)
+        scales = (weights / totals).split(1, dim=1)
+        for part, scale in zip(gradient.split(ctx.groups.widths, dim=1), scales, strict=True):
+            part *= scale
+        return gradient.scatter_add_(1, columns, -weights), None, None, None
+
+
+def _below_maxima(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
+    """Logits less the greatest of their group, so that no exponential overflows."""
+    logits = logits.clone()
+    for columns in groups.group_slices:
+        part = logits[:, columns]
+        part -= part.detach().amax(dim=1, keepdim=True)
+    return logits
+
+
+def _exp_(tensor: torch.Tensor) -> torch.Tensor:
+    """exp() in place. torch.exp() is left to MKL, which takes four times as long on AMD's CPUs."""
+    return tensor.mul_(math.log2(math.e)).exp2_()
+
+
+def _target_columns(
+    gt_classes: torch.Tensor, groups: ClassGroups
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target column of each RoI in every group (R, G + 1), and the groups' first columns."""
+    num_classes = groups.num_classes
+    in_range = ((gt_classes >= 0) & (gt_classes <= num_classes)).all()
+    if gt_classes.device.type == "cpu":
+        if not in_range:
+            raise ValueError(
+                f"gt_classes must lie in 0..{num_classes} ({num_classes} is background), found "
+                f"{int(gt_classes.min())}..{int(gt_classes.max())}"
+            )
+    else:
+        torch._assert_async(in_range)
+    label_to_columns = groups.label_to_columns.to(gt_classes.device)
+    return label_to_columns.index_select(0, gt_classes), label_to_columns[-1]
 
 
 def _check_width(logits: torch.Tensor, groups: ClassGroups) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bags_d2 import ClassGroups, group_softmax_loss, merge_group_probs, sample_others
+from bags_d2.modeling.losses import group_targets
 
 INF = float("inf")
 COUNTS = [5, 12, 2000, 7, 150]  # groups [0, 3] [1] [4] [2]
@@ -92,6 +93,16 @@ def test_merged_probabilities_agree_with_the_reference(case, dtype):
     torch.testing.assert_close(probs, expected, atol=1e-5, rtol=1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_targets_are_slots_within_the_groups(case):
+    counts, thresholds, labels, _ = case
+    targets = group_targets(_labels(labels), ClassGroups.from_counts(counts, thresholds))
+    groups = reference.make_groups(counts, thresholds)
+    for g, row in enumerate(targets.tolist()):
+        assert row == [reference.target_slot(c, groups, g, len(counts)) for c in labels]
+
+
 def test_merge_gradient_is_that_of_the_formula():
     logits = torch.randn(3, GROUPS.num_logits, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: merge_group_probs(x, GROUPS), (logits,))
@@ -101,6 +112,61 @@ def test_loss_passes_gradcheck():
     logits = torch.randn(6, GROUPS.num_logits, dtype=torch.float64, requires_grad=True)
     labels = _labels([0, 3, 1, 2, K, K])
     assert torch.autograd.gradcheck(lambda x: group_softmax_loss(x, labels, GROUPS, INF), (logits,))
+
+
+@pytest.mark.parametrize(
+    ("counts", "thresholds"),
+    [([50], ()), ([5, 12, 7], ()), ([50, 5000], (10, 100, 1000)), (COUNTS, (10, 100, 1000))],
+    ids=["one class", "one group", "empty groups", "four groups"],
+)
+def test_loss_of_sampled_rois_passes_gradcheck(counts, thresholds):
+    groups = ClassGroups.from_counts(counts, thresholds)
+    logits = torch.randn(7, groups.num_logits, dtype=torch.float64, requires_grad=True)
+    labels = _labels([0, *[len(counts)] * 6])
+
+    def loss(x):
+        return group_softmax_loss(x, labels, groups, 2.0, torch.Generator().manual_seed(0))
+
+    assert torch.autograd.gradcheck(loss, (logits,))
+
+
+def test_a_retained_graph_gives_the_gradient_again():
+    logits = torch.randn(6, 11, requires_grad=True)
+    labels = _labels([0, 3, 1, 2, K, K])
+    losses = group_softmax_loss(logits, labels, GROUPS, INF)
+    for weights in (torch.ones(5), torch.tensor([0.0, 1, 0, 2, 0]), torch.ones(5)):
+        gradient = torch.autograd.grad(losses @ weights, logits, retain_graph=True)[0]
+        anew = group_softmax_loss(logits, labels, GROUPS, INF) @ weights
+        assert torch.equal(gradient, torch.autograd.grad(anew, logits)[0])
+        gradient.zero_()  # is the caller's own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_logits_are_left_as_they_are(dtype, requires_grad):
+    logits = torch.randn(6, 11).to(dtype).requires_grad_(requires_grad)
+    before = logits.detach().clone()
+    losses = group_softmax_loss(logits, _labels([0, 3, 1, 2, K, K]), GROUPS)
+    probs = merge_group_probs(logits, GROUPS)
+    if requires_grad:
+        (losses.sum() + probs.sum()).backward()
+    assert torch.equal(logits, before)
+    assert torch.equal(merge_group_probs(before, GROUPS), probs)
+
+
+def test_logits_need_not_be_contiguous():
+    logits = torch.randn(11, 6).t().requires_grad_()
+    labels = _labels([0, 3, 1, 2, K, K])
+    contiguous = logits.detach().contiguous().requires_grad_()
+    loss = group_softmax_loss(logits, labels, GROUPS, INF).sum()
+    expected = group_softmax_loss(contiguous, labels, GROUPS, INF).sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, contiguous.grad)
+    torch.testing.assert_close(
+        merge_group_probs(logits, GROUPS), merge_group_probs(contiguous, GROUPS)
+    )
 
 
 # Values that can be checked by hand
@@ -414,12 +480,42 @@ def test_extreme_logits_stay_finite(sign):
     assert ((probs >= 0) & (probs <= 1)).all()
 
 
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_logits_far_from_zero_lose_no_precision(offset):
+    logits = (torch.randn(12, 11) + offset).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    labels = _labels([0, 1, 2, 3, 4, K] * 2)
+    losses = group_softmax_loss(logits, labels, GROUPS, INF)
+    expected = group_softmax_loss(exact, labels, GROUPS, INF)
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+    probs = merge_group_probs(logits, GROUPS).double()
+    torch.testing.assert_close(probs, merge_group_probs(exact, GROUPS), atol=1e-5, rtol=1e-5)
+
+
 def test_an_infinite_loss_of_an_unused_roi_does_not_spread():
     logits = torch.zeros(2, 11)
     logits[1, 3] = -INF  # class 0, of group 1, on a background RoI
     logits[1, 2] = -INF  # and its "others": the RoI would lose infinity if it took part
+    logits.requires_grad_()
     losses = group_softmax_loss(logits, _labels([0, K]), GROUPS, 0.0)
     assert torch.isfinite(losses).all()
+    losses.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[1, 2:5] == 0).all()
+
+
+def test_nothing_that_a_group_loses_spreads_to_other_groups_or_rois():
+    logits = torch.randn(2, 11)
+    logits[1, 2:5] = -INF  # all of group 1, whose softmax is undefined
+    logits.requires_grad_()
+    losses = group_softmax_loss(logits, _labels([0, K]), GROUPS, 0.0)
+    assert torch.isfinite(losses).all()
+    losses.sum().backward()
+    assert torch.isfinite(logits.grad[0]).all()
+    assert torch.isfinite(logits.grad[1, [0, 1, 5, 6, 7, 8, 9, 10]]).all()
 
 
 # Errors
