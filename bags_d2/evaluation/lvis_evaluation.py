@@ -389,10 +389,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 f"{int(classes.max())}, but {self._ground_truth.json_file} has the classes 0 to "
                 f"{num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to {num_classes}."
             )
+        finite = instances.scores.isfinite().all() and instances.pred_boxes.tensor.isfinite().all()
+        _require_finite(finite, image_id)
         detections = instances_to_coco_json(instances, image_id)
         for detection in detections:
             detection["category_id"] = self._category_of_class[detection["category_id"]]
-        _check_finite(detections)
         return detections
 
     def _match(self, image_id: int, detections: list[dict], has_masks: bool) -> None:
@@ -545,7 +546,9 @@ def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: 
     """
     if not detections:
         return []
-    kept = sorted(detections, key=lambda detection: -detection["score"])[:max_dets]
+    kept = detections
+    if len(kept) > max_dets:
+        kept = sorted(kept, key=lambda detection: -detection["score"])[:max_dets]
     if iou_type == "segm":
         # One by one: pycocotools' area of a list fails beyond 255 masks with numpy 2.
         areas = [mask_utils.area(detection["segmentation"]) for detection in kept]
@@ -554,7 +557,8 @@ def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: 
     # hotcoco takes the area of a box that is there for the area of the mask, so it gets no box.
     keys = ("image_id", "category_id", "score", _GEOMETRY_KEY[iou_type])
     return [
-        {key: detection[key] for key in keys}
+        # Most have these keys and no others, as Detectron2 makes them without masks.
+        detection if len(detection) == len(keys) else {key: detection[key] for key in keys}
         for detection, area in zip(kept, areas, strict=True)
         if area > 0
     ]
@@ -665,10 +669,15 @@ def _check_detections(
 
 def _check_finite(detections: Sequence[Mapping]) -> None:
     values = [value for d in detections for value in (d["score"], *d.get("bbox", ()))]
-    if not np.isfinite(values).all():
+    if detections:
+        _require_finite(np.isfinite(values).all(), detections[0]["image_id"])
+
+
+def _require_finite(finite: bool | np.bool_ | torch.Tensor, image_id: int) -> None:
+    if not finite:
         raise PredictionError(
-            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
-            "has diverged, or its checkpoint is damaged."
+            f"Image {image_id} has a score or box that is not finite: the model has diverged, or "
+            "its checkpoint is damaged."
         )
 
 
