@@ -98,7 +98,12 @@ class Run:
         """
         path = self.folder / "settings.json"
         if path.is_file():
-            difference = first_difference(json.loads(path.read_text()), self.settings)
+            found = json.loads(path.read_text())
+            # Keys that came with a later version had their defaults in effect.
+            common = found.keys() & self.settings.keys()
+            difference = first_difference(
+                {key: found[key] for key in common}, {key: self.settings[key] for key in common}
+            )
             if difference:
                 raise ConfigError(
                     f"'{self.folder}' holds a run with other settings: {difference}; delete it or "
