@@ -4,76 +4,117 @@ With 300 detections for an image, classes compete for places: a detector can gai
 rare classes high where frequent ones are, and calibration across classes decides what counts. AP
 of Dave et al. (2021), "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details",
 takes the best 10,000 detections of each class over the data set, however many an image has.
+
+Shapes: N detections. A row is (image id, x, y, width, height, score, category id), as hotcoco
+reads it.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+import pycocotools.mask as mask_utils
 from hotcoco import COCO, COCOeval
 
 __all__ = ["DETECTIONS_PER_CLASS", "BestDetections", "run_without_image_cap"]
 
 DETECTIONS_PER_CLASS = 10_000
 
+_IMAGE, _WIDTH, _HEIGHT, _SCORE, _CATEGORY = 0, 3, 4, 5, 6
+_NUM_COLUMNS = 7
+
 
 class BestDetections:
     """The detections of the highest scores of each class, among all that were added.
 
     Equal scores are ordered by image and then by their order in it, so that neither the order of
-    images nor the number of processes decides which is kept. Holds at most the limit for each
-    class, and as many again before it lets them go.
+    images nor the number of processes decides which is kept.
+
+    Holds at most twice what it keeps, or twice the limit of one class if that is more. Boxes are
+    rows of an array, 64 bytes each: 1203 classes can have 12 million of them, which as dicts would
+    take some 10 GB.
     """
 
-    def __init__(self, per_class: int = DETECTIONS_PER_CLASS) -> None:
+    def __init__(self, per_class: int = DETECTIONS_PER_CLASS, *, with_masks: bool = False) -> None:
         """
         Args:
             per_class: the limit.
+            with_masks: keep masks as well, where detections have them.
         """
         self.per_class = per_class
-        # Of each category (-score, image id, position in the image, detection).
-        self._kept: dict[int, list[tuple[float, int, int, Mapping]]] = defaultdict(list)
+        self._with_masks = with_masks
+        # Rows (N, 7) and masks (N,): what the last pruning left, and what came since.
+        self._kept = np.empty((0, _NUM_COLUMNS)), np.empty(0, dtype=object)
+        self._new: list[tuple[np.ndarray, np.ndarray]] = []
+        self._size = 0
+        self._prune_at = 2 * per_class
 
-    def add(self, image_id: int, detections: Iterable[Mapping]) -> None:
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, image_id: int, detections: Sequence[Mapping]) -> None:
         """Add the detections of an image.
 
         Args:
             image_id: the image, which is added once.
-            detections: LVIS results format.
+            detections: LVIS results format, with boxes.
         """
-        for position, detection in enumerate(detections):
-            kept = self._kept[detection["category_id"]]
-            kept.append((-detection["score"], image_id, position, detection))
-            if len(kept) >= 2 * self.per_class:
-                self._prune(kept)
+        rows = [(image_id, *d["bbox"], d["score"], d["category_id"]) for d in detections]
+        masks = [d.get("segmentation") if self._with_masks else None for d in detections]
+        self._append(
+            np.array(rows, dtype=np.float64).reshape(-1, _NUM_COLUMNS),
+            np.array(masks, dtype=object),
+        )
 
-    def merge(self, other: BestDetections) -> None:
-        """Add the detections that another process has kept."""
-        for category_id, rows in other._kept.items():
-            self._kept[category_id].extend(rows)
-            self._prune(self._kept[category_id])
+    def merge(self, other: BestDetections, without_images: Collection[int] = ()) -> None:
+        """Add the detections that another process has kept, but for those in some images."""
+        rows, masks = other.detections()
+        wanted = ~np.isin(rows[:, _IMAGE], list(without_images))
+        self._append(rows[wanted], masks[wanted])
 
-    def detections(self) -> list[Mapping]:
-        """At most ``per_class`` detections of each class, best first."""
-        for kept in self._kept.values():
-            self._prune(kept)
-        return [row[-1] for kept in self._kept.values() for row in kept]
+    def detections(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is kept: by category id, best first.
 
-    def __len__(self) -> int:
-        return sum(map(len, self._kept.values()))
+        Returns:
+            Rows (N, 7) and masks (N,) in run-length code, None where there is none.
+        """
+        self.prune()
+        return self._kept
 
-    def _prune(self, kept: list) -> None:
-        # The key leaves the detection itself out, which has no order.
-        kept[:] = heapq.nsmallest(self.per_class, kept, key=lambda row: row[:3])
+    def num_full_classes(self) -> int:
+        """How many classes have as many detections as the limit allows."""
+        rows, _ = self.detections()
+        _, counts = np.unique(rows[:, _CATEGORY], return_counts=True)
+        return int((counts == self.per_class).sum())
+
+    def prune(self) -> None:
+        """Let go what exceeds the limit."""
+        if not self._new:
+            return
+        rows, masks = (np.concatenate(c) for c in zip(self._kept, *self._new, strict=True))
+        # Stable: equal scores in an image stay as the detector ordered them.
+        order = np.lexsort((rows[:, _IMAGE], -rows[:, _SCORE], rows[:, _CATEGORY]))
+        categories = rows[order, _CATEGORY]
+        rank = np.arange(len(order)) - np.searchsorted(categories, categories)
+        order = order[rank < self.per_class]
+        self._kept, self._new = (rows[order], masks[order]), []
+        self._size = len(order)
+        # Twice as many next time: every detection is then sorted a few times only.
+        self._prune_at = 2 * max(self._size, self.per_class)
+
+    def _append(self, rows: np.ndarray, masks: np.ndarray) -> None:
+        self._new.append((rows, masks))
+        self._size += len(rows)
+        if self._size >= self._prune_at:
+            self.prune()
 
 
 def run_without_image_cap(
     images: Sequence[Mapping],
     categories: Sequence[Mapping],
     annotations: Sequence[Mapping],
-    detections: Sequence[Mapping],
+    best: BestDetections,
     iou_type: str,
 ) -> COCOeval:
     """Match detections with ground truth in LVIS style, however many an image has.
@@ -82,18 +123,35 @@ def run_without_image_cap(
         images: with the federated lists of categories.
         categories: of the data set.
         annotations: ground truth.
-        detections: LVIS results format.
-        iou_type: "bbox" or "segm".
+        best: the detections.
+        iou_type: "bbox" or "segm"; the latter needs every detection's mask.
 
     Returns:
         hotcoco's evaluation, to be accumulated.
     """
+    rows, masks = best.detections()
+    if iou_type == "segm":
+        # One by one: pycocotools' area of a list fails beyond 255 masks with numpy 2.
+        areas = np.array([mask_utils.area(mask) for mask in masks], dtype=np.float64)
+    else:
+        areas = rows[:, _WIDTH] * rows[:, _HEIGHT]
+    # After the limit, so that a detection without area takes a place: lvis-api's order.
+    with_area = areas > 0
+    rows, masks, areas = rows[with_area], masks[with_area], areas[with_area]
+
     ground_truth = COCO(
         {"images": list(images), "categories": list(categories), "annotations": list(annotations)}
     )
+    if iou_type == "segm":
+        results = ground_truth.load_res(rows, segmentation=masks.tolist())
+        # hotcoco has numbered them from 1, and taken the areas of the boxes.
+        results.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
+    else:
+        results = ground_truth.load_res(rows)
     # Marked as capped, or hotcoco would take the best 300 of each image after all.
-    results = ground_truth.load_res(list(detections)).cap_detections_per_image(None)
-    evaluation = COCOeval(ground_truth, results, iou_type, lvis_style=True)
-    evaluation.params.max_dets = [max(len(detections), 1)]
+    evaluation = COCOeval(
+        ground_truth, results.cap_detections_per_image(None), iou_type, lvis_style=True
+    )
+    evaluation.params.max_dets = [max(len(rows), 1)]
     evaluation.evaluate()
     return evaluation

@@ -300,11 +300,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         self._streams = {
             task: _new_stream(self._ground_truth, task) for task in self._tasks or TASKS
         }
-        self._best = {}
+        self._best = None
         if self._detections_per_class is not None:
-            self._best = {
-                task: BestDetections(self._detections_per_class) for task in self._streams
-            }
+            self._best = BestDetections(
+                self._detections_per_class, with_masks="segm" in self._streams
+            )
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
         self._writer = None
@@ -359,6 +359,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._best is not None:
+            self._best.prune()  # no process sends more than it keeps
         parts = [(self._streams, self._best, self._seen, self._mask_presence)]
         if self._distributed:
             comm.synchronize()
@@ -373,11 +375,21 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
         streams, best, seen, mask_presence = zip(*parts, strict=True)
         self._report_coverage(seen)
+        merged = None
+        if self._best is not None:
+            merged = _merge_best(best, seen)
+            logger.info(
+                "AP-fixed: %d of %d classes have %d detections; more of them need a larger "
+                "TEST.DETECTIONS_PER_IMAGE.",
+                merged.num_full_classes(),
+                len(self._ground_truth.categories),
+                merged.per_class,
+            )
         results = OrderedDict()
         for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence)):
             results[task] = self._evaluate_task(task, [s[task] for s in streams])
-            if self._detections_per_class is not None:
-                results[f"{task}_fixed"] = self._evaluate_fixed(task, [b[task] for b in best])
+            if merged is not None:
+                results[f"{task}_fixed"] = self._evaluate_fixed(task, merged)
         return results
 
     def _to_lvis_format(self, instances: Instances, image_id: int) -> list[dict]:
@@ -408,9 +420,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             _update(
                 stream, self._ground_truth, task, image_id, detections, self._max_dets_per_image
             )
-            if self._detections_per_class is not None:
-                kept = _prepare_detections(detections, task, len(detections))
-                self._best[task].add(image_id, kept)
+        if self._best is not None:
+            self._best.add(image_id, detections)
 
     def _report_coverage(self, seen: Sequence[set[int]]) -> None:
         union = set().union(*seen)
@@ -434,16 +445,13 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         evaluation = StreamingEval.merge([empty, *streams]).finalize()
         return self._report(task, evaluation, f"AR@{self._max_dets_per_image}")
 
-    def _evaluate_fixed(self, task: str, best: Sequence[BestDetections]) -> dict[str, float]:
-        merged = BestDetections(self._detections_per_class)
-        for part in best:
-            merged.merge(part)
+    def _evaluate_fixed(self, task: str, best: BestDetections) -> dict[str, float]:
         truth = self._ground_truth
         evaluation = run_without_image_cap(
             list(truth.images.values()),
             truth.categories,
             [a for image in truth.images for a in _ground_truth_of_image(truth, task, image)],
-            merged.detections(),
+            best,
             task,
         )
         return self._report(f"{task}_fixed", evaluation, "AR")
@@ -499,6 +507,15 @@ def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
             "boxes only."
         )
     return TASKS if mask_presence == {True} else ("bbox",)
+
+
+def _merge_best(best: Sequence[BestDetections], seen: Sequence[set[int]]) -> BestDetections:
+    """Merge into the first part; an image that two processes saw counts once."""
+    merged, merged_images = best[0], set(seen[0])
+    for part, images in zip(best[1:], seen[1:], strict=True):
+        merged.merge(part, without_images=images & merged_images)
+        merged_images |= images
+    return merged
 
 
 def _new_stream(ground_truth: LVISGroundTruth, iou_type: str) -> StreamingEval:

@@ -13,18 +13,20 @@ from test_lvis_evaluation import category_ids_of, model_results, register, run
 from bags_d2 import BAGSTrainer, ConfigError
 from bags_d2.evaluation import LongTailLVISEvaluator
 from bags_d2.evaluation.ap_fixed import BestDetections
+from bags_d2.evaluation.lvis_evaluation import _merge_best
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
 NO_CAP = 10**6
 
 
 def best_of_classes(detections, per_class):
-    """Of each class the best, ties by image and then as the detector gave them."""
+    """Of each class the best, ties by image and then as the detector gave them.
+
+    Some are without area, and take a place all the same.
+    """
     of_class = defaultdict(list)
     for position, d in enumerate(detections):
-        _, _, w, h = d["bbox"]
-        if w * h > 0:
-            of_class[d["category_id"]].append((-d["score"], d["image_id"], position, d))
+        of_class[d["category_id"]].append((-d["score"], d["image_id"], position, d))
     return [
         row[-1]
         for rows in of_class.values()
@@ -47,15 +49,19 @@ def test_boxes_equal_lvis_api_on_the_best_of_each_class(seed, per_class, tmp_pat
     assert got == pytest.approx(expected, rel=0, abs=1e-6, nan_ok=True)
 
 
-def test_masks_equal_lvis_api(tmp_path):
-    json_file, detections = random_lvis_set(5, tmp_path)
-    evaluator = LongTailLVISEvaluator(register(json_file), detections_per_class=10_000)
-    metrics = run(evaluator, model_results(json_file, detections))
+@pytest.mark.parametrize("per_class", [5, 20, 10_000])
+@pytest.mark.parametrize("seed", [4, 5])
+def test_masks_equal_lvis_api(seed, per_class, tmp_path):
+    json_file, detections = random_lvis_set(seed, tmp_path)
+    evaluator = LongTailLVISEvaluator(register(json_file), detections_per_class=per_class)
+    metrics = run(evaluator, model_results(json_file, detections, seed=seed))
     assert list(metrics) == ["bbox", "bbox_fixed", "segm", "segm_fixed"]
-    reference, _ = evaluate_with_lvis_api(json_file, detections, "segm", NO_CAP)
-    expected = {n: 100 * reference[n] if reference[n] > -1 else math.nan for n in NAMES}
-    got = {n: metrics["segm_fixed"][n] for n in NAMES}
-    assert got == pytest.approx(expected, rel=0, abs=1e-6, nan_ok=True)
+    kept = best_of_classes(detections, per_class)
+    for task in ("bbox", "segm"):
+        reference, _ = evaluate_with_lvis_api(json_file, kept, task, NO_CAP)
+        expected = {n: 100 * reference[n] if reference[n] > -1 else math.nan for n in NAMES}
+        got = {n: metrics[f"{task}_fixed"][n] for n in NAMES}
+        assert got == pytest.approx(expected, rel=0, abs=1e-6, nan_ok=True)
 
 
 def test_the_usual_measures_still_take_300_of_an_image(tmp_path):
@@ -119,10 +125,12 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
 
 
 def test_what_is_kept_does_not_depend_on_the_order_and_stays_small():
-    def detection(score, category):
-        return {"category_id": category, "score": score}
+    def detection(score, category, x):
+        return {"category_id": category, "score": score, "bbox": [x, 0, 1, 1]}
 
-    images = {i: [detection(0.1 * (i % 5), c) for c in (1, 1, 2)] for i in range(40)}
+    images = {
+        i: [detection(0.1 * (i % 5), c, x) for x, c in enumerate((1, 1, 2))] for i in range(40)
+    }
     orders = [list(images), list(images)[::-1]]
     kept = []
     for order in orders:
@@ -130,11 +138,24 @@ def test_what_is_kept_does_not_depend_on_the_order_and_stays_small():
         for image in order:
             best.add(image, images[image])
             assert len(best) < 2 * 2 * 6
-        best.detections()
-        kept.append({c: [row[:3] for row in rows] for c, rows in best._kept.items()})
+        rows, _ = best.detections()
+        kept.append(rows.tolist())
+        assert best.num_full_classes() == 2
     assert kept[0] == kept[1]
-    assert [row[1] for row in kept[0][2]] == [4, 9, 14, 19, 24, 29]
-    assert [row[1:3] for row in kept[0][1]][:4] == [(4, 0), (4, 1), (9, 0), (9, 1)]
+    of_class = {c: [(row[0], row[1]) for row in kept[0] if row[6] == c] for c in (1, 2)}
+    assert of_class[1] == [(4, 0), (4, 1), (9, 0), (9, 1), (14, 0), (14, 1)]
+    assert of_class[2] == [(4, 2), (9, 2), (14, 2), (19, 2), (24, 2), (29, 2)]
+
+
+def test_an_image_that_two_processes_saw_counts_once():
+    parts = []
+    for images in ((1, 2), (2, 3)):
+        parts.append(BestDetections(per_class=10))
+        for image in images:
+            found = {"category_id": 1, "score": 0.5, "bbox": [image, 0, 1, 1]}
+            parts[-1].add(image, [found])
+    rows, _ = _merge_best(parts, [{1, 2}, {2, 3}]).detections()
+    assert rows[:, 0].tolist() == [1, 2, 3]
 
 
 def test_the_config_switches_it_on(tiny_cfg, tmp_path):
