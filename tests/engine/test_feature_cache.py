@@ -199,13 +199,13 @@ def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path,
         extract_features(make_cfg(), cache, views=2)
     with pytest.raises(ConfigError, match=r"INPUT.MIN_SIZE_TRAIN is \[96\] there and \[64\] now"):
         extract_features(make_cfg("INPUT.MIN_SIZE_TRAIN", (64,)), cache)
-    other = torch.load(root / "one.pth", weights_only=True)
+    other = torch.load(make_cfg().MODEL.WEIGHTS, weights_only=True)
     other["model"]["roi_heads.box_head.fc1.bias"] += 1
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="checkpoint is"):
         FeatureCache(cache).require(make_cfg("MODEL.WEIGHTS", str(tmp_path / "other.pth")))
     # What concerns the classifier, and where the checkpoint lies, makes no difference.
-    shutil.copy(root / "one.pth", tmp_path / "copy.pth")
+    shutil.copy(make_cfg().MODEL.WEIGHTS, tmp_path / "copy.pth")
     indifferent = ("MODEL.BAGS.GROUP_THRESHOLDS", (50,), "SOLVER.BASE_LR", 1.0, "SEED", 7)
     indifferent += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5)
     indifferent += ("MODEL.WEIGHTS", str(tmp_path / "copy.pth"))
@@ -248,8 +248,8 @@ def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
         FeatureCache(tmp_path)
 
 
-def test_features_beyond_float16_are_an_error(make_cfg, tmp_path, root):
-    weights = torch.load(root / "one.pth", weights_only=True)
+def test_features_beyond_float16_are_an_error(make_cfg, tmp_path):
+    weights = torch.load(make_cfg().MODEL.WEIGHTS, weights_only=True)
     weights["model"]["roi_heads.box_head.fc2.bias"] += 1e6
     torch.save(weights, tmp_path / "huge.pth")
     with np.errstate(over="ignore"), pytest.raises(DataError, match="not finite in float16"):
