@@ -23,7 +23,8 @@ EpochOrder = Callable[[torch.Generator], torch.Tensor]
 # Values of DATALOADER.SAMPLER_TRAIN that Detectron2 does not have:
 # - each sample is an image of a class that is drawn evenly (cRT; Kang et al., ICLR 2020, section
 #   4: class-balanced sampling);
-# - images that show a class of the tail, evenly.
+# - images that show a class of the tail, evenly. BAGS reports "tail fine-tune" without saying how
+#   it is done; here such images keep the annotations of all their classes.
 CLASS_BALANCED = "ClassBalancedTrainingSampler"
 TAIL = "TailTrainingSampler"
 OWN_SAMPLERS = (CLASS_BALANCED, TAIL)

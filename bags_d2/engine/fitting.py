@@ -211,9 +211,10 @@ class _Progress(HookBase):
         self.seed = _seed_of(cfg)
         self.device = torch.device(cfg.MODEL.DEVICE).type
         # What may differ between a fit and its continuation: where and how often, not what.
-        indifferent = ("MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
+        decisive = ("MODEL.*", "SOLVER.*", "DATALOADER.*", "SEED")
+        indifferent = ("MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS")
         self.settings = {
-            **select_config(cfg, ("MODEL.*", "SOLVER.*", "SEED"), indifferent),
+            **select_config(cfg, decisive, indifferent),
             "cache.checkpoint": cache.settings.checkpoint,
             "cache.views": cache.settings.views,
             "cache.rois_per_image": cache.settings.rois_per_image,

@@ -122,7 +122,7 @@ def group_softmax_loss(
     in_group = (columns > starts).t()[1:]
     others = sample_others(in_group, others_sample_ratio, generator)
     used = torch.cat([torch.ones_like(others[:1]), in_group | others])
-    losses = _GroupCrossEntropy.apply(_at_least_float32(logits), columns, used.t(), groups)
+    losses = _GroupCrossEntropy.apply(at_least_float32(logits), columns, used.t(), groups)
     return (losses, used) if return_used else losses
 
 
@@ -144,7 +144,7 @@ def merge_group_probs(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor
     """
     groups.require_determined()
     _check_width(logits, groups)
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     objectness = logits[:, :2].softmax(dim=1)
     probs = _exp_(_below_maxima(logits, groups))
     if probs.requires_grad:
@@ -235,5 +235,6 @@ def _check_width(logits: torch.Tensor, groups: ClassGroups) -> None:
         )
 
 
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """A half-precision tensor as float32, others as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

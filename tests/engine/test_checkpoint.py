@@ -235,6 +235,32 @@ def test_classes_of_another_number_keep_the_config_and_its_groups(build, save, t
         assert torch.equal(tensor, fresh[name]), name
 
 
+# A classifier that is drawn anew
+
+
+@pytest.mark.parametrize("detector", [[], CASCADE], ids=["faster", "cascade"])
+def test_a_new_classifier_replaces_that_of_stage_1_but_not_that_of_a_resumed_run(
+    build, save, tmp_path, detector
+):
+    saved = build(*SOFTMAX, *detector, seed=1)
+    model = build(*SOFTMAX, *detector, seed=2, stage2=True)
+    fresh = copy.deepcopy(model.state_dict())
+    run = str(tmp_path / "run")
+    checkpointer = LongTailCheckpointer(model, run, stage2=True, new_classifier=True)
+    checkpointer.resume_or_load(save(saved), resume=True)  # there is nothing to resume yet
+    for name, tensor in saved.state_dict().items():
+        is_new = PREDICTOR in name and ".cls_score." in name
+        assert torch.equal(model.state_dict()[name], fresh[name] if is_new else tensor), name
+
+    (tmp_path / "run").mkdir()
+    checkpointer.save("model_0")
+    resumed = build(*SOFTMAX, *detector, seed=3, stage2=True)
+    checkpointer = LongTailCheckpointer(resumed, run, stage2=True, new_classifier=True)
+    checkpointer.resume_or_load("gone.pth", resume=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 # Files
 
 

@@ -178,10 +178,13 @@ def test_training_lowers_the_loss(cfg_of, stage1):
     assert loss(fit_classifier(cfg, stage1 / "cache")) < 0.8 * before
 
 
-def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path):
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path, sampler):
+    in_order = ("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.5)
+
     def fit(run, kill_after=None):
         options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
-        cfg = cfg_of(*BAGS, *options, "SOLVER.REFERENCE_WORLD_SIZE", 2, run=run)
+        cfg = cfg_of(*BAGS, *options, *in_order, "SOLVER.REFERENCE_WORLD_SIZE", 2, run=run)
         if kill_after:
             save = _Progress.after_step
 
@@ -206,7 +209,12 @@ def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path):
     with pytest.raises(
         ConfigError, match=r"fitting\.pth.* SOLVER\.BASE_LR is 0.01 there and 0.5 now"
     ):
-        fit_classifier(cfg_of(*BAGS, "SOLVER.BASE_LR", 0.5, run="killed"), stage1 / "cache")
+        fit_classifier(
+            cfg_of(*BAGS, *in_order, "SOLVER.BASE_LR", 0.5, run="killed"), stage1 / "cache"
+        )
+    other = ("DATALOADER.SAMPLER_TRAIN", "ClassBalancedTrainingSampler")
+    with pytest.raises(ConfigError, match=rf"DATALOADER\.SAMPLER_TRAIN is {sampler} there and Cl"):
+        fit_classifier(cfg_of(*BAGS, *in_order, *other, run="killed"), stage1 / "cache")
     resumed = weights_of(fit("killed"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [

@@ -1,5 +1,6 @@
 """Tau-normalisation of a checkpoint, and its tool."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,18 @@ def test_the_tool_writes_a_checkpoint(tmp_path):
     baseline = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
     command = [sys.executable, str(ROOT / "tools" / "normalize_classifier.py")]
     command += ["--input", str(baseline), "--output", str(tmp_path / "new" / "model.pth")]
-    subprocess.run([*command, "--tau", "0.5"], check=True, cwd=ROOT, capture_output=True)
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps([9, 100, 99, *[500] * 37]))
+    config = ["--config-file", str(ROOT / "configs" / "glyphs_baseline.yaml")]
+    config += ["MODEL.BAGS.CLASS_COUNTS_FILE", str(counts)]
+    options = ["--tau", "0.5", "--max-count", "100", *config]
+    subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True)
     before = torch.load(baseline, weights_only=True)["model"]
     after = torch.load(tmp_path / "new" / "model.pth", weights_only=True)["model"]
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == [NAME]
+    changed = (before[NAME] != after[NAME]).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [0, 2]
     failed = subprocess.run(
         [*command, "--max-count", "9"], cwd=ROOT, capture_output=True, text=True
     )

@@ -9,10 +9,9 @@ from detectron2.config import configurable
 from torch.nn import functional as F
 
 from ..groups import ClassGroups
-from ..losses import group_targets
+from ..losses import at_least_float32, group_targets
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import at_least_float32
 from .reweighted import class_weights
 
 __all__ = [

@@ -6,8 +6,9 @@ from detectron2.layers import cross_entropy
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import CountedOutputLayers, at_least_float32
+from .classifier import CountedOutputLayers
 
 __all__ = ["BalancedSoftmaxOutputLayers", "balanced_softmax_loss", "log_priors"]
 

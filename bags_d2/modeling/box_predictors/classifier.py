@@ -175,11 +175,6 @@ class CountedOutputLayers(ClassifierOutputLayers):
             return ClassCounts.undetermined(cfg.MODEL.ROI_HEADS.NUM_CLASSES, str(error))
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """A half-precision tensor as float32, others as they are."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
 def one_hot_targets(gt_classes: torch.Tensor, num_columns: int) -> torch.Tensor:
     """Targets of one sigmoid for each column.
 

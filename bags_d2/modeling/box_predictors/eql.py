@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from ...data.class_counts import training_class_counts, training_image_count
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32, one_hot_targets
+from .classifier import ClassifierOutputLayers, one_hot_targets
 
 __all__ = ["EQLOutputLayers", "equalization_loss"]
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32, one_hot_targets, sum_over_ranks
+from .classifier import ClassifierOutputLayers, one_hot_targets, sum_over_ranks
 
 __all__ = ["EQLv2OutputLayers", "gradient_weights"]
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32
+from .classifier import ClassifierOutputLayers
 
 __all__ = ["FocalOutputLayers", "focal_loss"]
 

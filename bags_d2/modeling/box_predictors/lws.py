@@ -5,8 +5,9 @@ from detectron2.config import configurable
 from detectron2.layers import cross_entropy
 from torch import nn
 
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32
+from .classifier import ClassifierOutputLayers
 
 __all__ = ["LWSOutputLayers"]
 

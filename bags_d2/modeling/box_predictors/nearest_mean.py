@@ -4,8 +4,9 @@ import torch
 from detectron2.config import configurable
 
 from ...errors import ConfigError, DataError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32
+from .classifier import ClassifierOutputLayers
 
 __all__ = ["NearestMeanOutputLayers"]
 
@@ -84,12 +85,14 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
         Raises:
             DataError: if no RoI is foreground.
         """
-        # float64: a sum over millions of RoIs. The row of background is dropped.
-        sums = torch.zeros(self.num_classes + 1, self.class_means.shape[1], dtype=torch.float64)
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.float64)
+        sums = torch.zeros(self.class_means.shape, dtype=torch.float64)  # of millions of RoIs
+        counts = torch.zeros(self.num_classes, dtype=torch.long)
         for features, labels in batches:
-            sums.index_add_(0, labels, features.double())
-            counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
-        if not counts[:-1].any():
+            # Without background, most of the RoIs: their copy in float64 would take gigabytes.
+            foreground = labels < self.num_classes
+            labels = labels[foreground]
+            sums.index_add_(0, labels, features[foreground].double())
+            counts += labels.bincount(minlength=self.num_classes)
+        if not counts.any():
             raise DataError("The feature cache has no foreground RoI to take class means of.")
-        self.class_means.copy_(sums[:-1] / counts[:-1, None].clamp(min=1))
+        self.class_means.copy_(sums / counts[:, None].clamp(min=1))

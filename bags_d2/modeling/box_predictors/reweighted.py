@@ -5,8 +5,9 @@ from detectron2.config import configurable
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import CountedOutputLayers, at_least_float32
+from .classifier import CountedOutputLayers
 
 __all__ = ["ReweightedOutputLayers", "class_weights", "reweighted_softmax_loss"]
 

@@ -5,8 +5,9 @@ from detectron2.config import configurable
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, at_least_float32, sum_over_ranks
+from .classifier import ClassifierOutputLayers, sum_over_ranks
 
 __all__ = ["SeesawOutputLayers", "seesaw_loss"]
 
