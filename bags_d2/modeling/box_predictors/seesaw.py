@@ -1,5 +1,7 @@
 """Seesaw loss: negatives that give way to rarer classes, as far as those are not confused."""
 
+import math
+
 import torch
 from detectron2.config import configurable
 from torch.nn import functional as F
@@ -118,8 +120,7 @@ def seesaw_loss(
     mitigation = p * (counts.log() - counts.log()[labels][:, None]).clamp(max=0)
     log_probs = logits.detach().log_softmax(dim=1)
     own = log_probs.gather(1, labels[:, None])
-    least = log_probs.new_tensor(LEAST_PROB).log()
-    compensation = q * (log_probs - torch.maximum(own, least)).clamp(min=0)
+    compensation = q * (log_probs - own.clamp(min=math.log(LEAST_PROB))).clamp(min=0)
     factors = mitigation + compensation  # log S, (R, K)
     losses = F.cross_entropy(
         logits + factors.scatter(1, labels[:, None], 0.0), labels, reduction="none"
