@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from bags_d2 import BagsError, ConfigError, MissingFileError
+from bags_d2 import BagsError, ConfigError
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.engine import setup_cfg
+from bags_d2.engine.checkpoint_file import read_model_weights
 from bags_d2.engine.tau_norm import tau_normalize
 
 
@@ -22,14 +23,12 @@ def main() -> None:
     parser.add_argument("--config-file", default="", help="whose training set is counted for that")
     parser.add_argument("opts", nargs="*", default=[], help="config keys and values")
     args = parser.parse_args()
-    if not args.input.is_file():
-        raise MissingFileError(f"Checkpoint '{args.input}' (--input) does not exist.")
     classes = None
     if args.max_count is not None:
         if not args.config_file:
             raise ConfigError("--max-count needs --config-file, whose training set is counted.")
         classes = training_class_counts(setup_cfg(args), by="instances") < args.max_count
-    weights = torch.load(args.input, map_location="cpu", weights_only=True)["model"]
+    weights = read_model_weights(args.input)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": tau_normalize(weights, args.tau, classes)}, args.output)
     print(f"'{args.output}' is '{args.input}' with tau {args.tau}.")

@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 from ..data.class_counts import count_classes
+from ..engine.checkpoint_file import read_model_weights
 from .classifier import class_weight_norms
 from .detections import draw_comparison
 from .plots import plot_ap_bins, plot_weight_norms
@@ -49,7 +49,7 @@ def report_demo(output: Path, softmax_weights: Path, seconds: Mapping[str, float
     }
     plot_weight_norms(
         {
-            _LABELS[name]: class_weight_norms(torch.load(path, weights_only=True)["model"])
+            _LABELS[name]: class_weight_norms(read_model_weights(path))
             for name, path in checkpoints.items()
         },
         count_classes(_TRAIN),

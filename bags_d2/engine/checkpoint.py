@@ -10,6 +10,7 @@ from fvcore.common.checkpoint import _strip_prefix_if_present
 
 from ..errors import ConfigError, MissingFileError
 from ..modeling.groups import ClassGroups
+from .checkpoint_file import read_checkpoint
 
 __all__ = ["LongTailCheckpointer"]
 
@@ -70,6 +71,15 @@ class LongTailCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # the parent leaves it set after an error
+
+    def _load_file(self, filename):
+        # The parent's, for .pkl and .pyth files, runs whatever code a pickle brings.
+        if filename.endswith((".pkl", ".pyth")):
+            return read_checkpoint(filename)
+        return super()._load_file(filename)
+
+    def _torch_load(self, f):
+        return read_checkpoint(f)
 
     def _load_model(self, checkpoint):
         weights = checkpoint["model"]
