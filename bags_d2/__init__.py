@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 from .config import add_bags_config
 from .data.datasets import register_builtin_datasets
-from .engine import BAGSTrainer
+from .engine import BAGSTrainer, LongTailPredictor
 from .errors import BagsError, ConfigError, DataError, MissingFileError
 from .modeling import (
     ROI_BOX_PREDICTOR_REGISTRY,
@@ -40,6 +40,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "LongTailCascadeROIHeads",
+    "LongTailPredictor",
     "LongTailROIHeads",
     "MissingFileError",
     "add_bags_config",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Strip a training checkpoint to its weights, as model zoos publish them."""
+"""Strip a training checkpoint to its weights and classes, as model zoos publish them."""
 
 import argparse
 import sys
@@ -8,17 +8,31 @@ from pathlib import Path
 import torch
 
 from bags_d2 import BagsError
-from bags_d2.engine.checkpoint_file import read_model_weights
+from bags_d2.data.class_record import ClassRecord
+from bags_d2.engine import setup_cfg
+from bags_d2.engine.checkpoint_file import read_checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a model_*.pth written by train_net.py")
     parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument(
+        "--config-file", help="add names and counts of its training set, if the checkpoint has none"
+    )
+    parser.add_argument("opts", nargs="*", default=[], help="config keys and values")
     args = parser.parse_args()
-    weights = read_model_weights(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    classes = ClassRecord.of_checkpoint(checkpoint)
+    if classes == ClassRecord() and args.config_file:
+        classes = ClassRecord.of_training_set(setup_cfg(args))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": weights, "__author__": "bags_d2"}, args.output)
+    published = {
+        "model": checkpoint["model"],
+        **classes.for_checkpoint(),
+        "__author__": "bags_d2",
+    }
+    torch.save(published, args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 

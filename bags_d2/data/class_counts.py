@@ -22,6 +22,7 @@ __all__ = [
     "missing_dataset_message",
     "read_class_counts",
     "training_class_counts",
+    "training_class_names",
     "training_image_count",
 ]
 
@@ -76,6 +77,22 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
             f"{num_classes}; set it to {len(counts)}."
         )
     return counts
+
+
+def training_class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes of ``DATASETS.TRAIN`` in contiguous order; None if it has none.
+
+    Raises:
+        MissingFileError: if the annotations do not exist.
+        DataError: if the annotation file is faulty.
+    """
+    if not cfg.DATASETS.TRAIN:
+        return None
+    name = cfg.DATASETS.TRAIN[0]
+    names = MetadataCatalog.get(name).get("thing_classes")
+    if names is None:
+        names = _counts_and_names(name, "instances")[1]
+    return None if names is None or None in names else list(names)
 
 
 def training_image_count(cfg: CfgNode) -> int:

@@ -3,6 +3,7 @@
 from .checkpoint import LongTailCheckpointer
 from .feature_cache import FeatureCache, extract_features
 from .fitting import fit_classifier
+from .predictor import LongTailPredictor
 from .setup import check_files, setup_cfg
 from .trainable import select_trainable_params
 from .trainer import BAGSTrainer
@@ -11,6 +12,7 @@ __all__ = [
     "BAGSTrainer",
     "FeatureCache",
     "LongTailCheckpointer",
+    "LongTailPredictor",
     "check_files",
     "extract_features",
     "fit_classifier",

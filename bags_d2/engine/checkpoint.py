@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import _strip_prefix_if_present
 
+from ..data.class_record import ClassRecord
 from ..errors import ConfigError, MissingFileError
 from ..modeling.groups import ClassGroups
 from .checkpoint_file import read_checkpoint
@@ -37,6 +38,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         evaluating: bool = False,
         stage2: bool = False,
         new_classifier: bool = False,
+        classes: ClassRecord | None = None,
         **kwargs,
     ) -> None:
         """
@@ -47,14 +49,20 @@ class LongTailCheckpointer(DetectionCheckpointer):
             stage2: whether MODEL.TRAINABLE_PARAMS selects a part of the model to train.
             new_classifier: whether the classifier of an initial checkpoint is to be left out; that
                 of a run which is resumed is not.
+            classes: what saved checkpoints are to remember of the classes.
             **kwargs: as for ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.evaluating = evaluating
         self.stage2 = stage2
         self.new_classifier = new_classifier
+        self.classes = classes or ClassRecord()
         self._resuming = False
         self._path = ""
+
+    def save(self, name, **kwargs):
+        """As the parent's, with the record of the classes."""
+        super().save(name, **self.classes.for_checkpoint(), **kwargs)
 
     def resume_or_load(self, path, *, resume=True):
         """As the parent's."""

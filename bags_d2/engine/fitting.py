@@ -17,6 +17,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from torch import nn
 
+from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
 from ..errors import ConfigError, DataError
 from .feature_cache import (
@@ -71,7 +72,7 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     if hasattr(predictor, "fit_features"):
         path.parent.mkdir(parents=True, exist_ok=True)
         predictor.fit_features(cache.parts())
-        return _save_detector(model, path)
+        return _save_detector(model, cfg, path)
     batches = CachedBatches(cache, *_batch_sizes(cfg), _seed_of(cfg), _epoch_order(cfg, cache))
     optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
     trainer = SimpleTrainer(
@@ -92,13 +93,14 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
     trainer.train(batches.start, cfg.SOLVER.MAX_ITER)
 
-    _save_detector(model, path)
+    _save_detector(model, cfg, path)
     progress.path.unlink(missing_ok=True)
     return path
 
 
-def _save_detector(model: nn.Module, path: Path) -> Path:
-    _save({"model": model.state_dict()}, path)
+def _save_detector(model: nn.Module, cfg: CfgNode, path: Path) -> Path:
+    classes = ClassRecord.of_training_set(cfg).for_checkpoint()
+    _save({"model": model.state_dict(), **classes}, path)
     logger.info("The detector with the fitted classifier is in '%s'.", path)
     return path
 

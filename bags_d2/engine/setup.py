@@ -14,7 +14,7 @@ from ..config import add_bags_config
 from ..data.class_counts import missing_dataset_message
 from ..errors import ConfigError, MissingFileError
 
-__all__ = ["check_files", "setup_cfg"]
+__all__ = ["check_device", "check_files", "setup_cfg"]
 
 # What yacs raises for unknown keys, wrong types, and files that hold no mapping.
 _FAULTY_CONFIG = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
@@ -83,16 +83,21 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path and not PathManager.exists(path):
                 raise MissingFileError(missing_dataset_message(name, path))
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but there is no CUDA device; add "
-            "'MODEL.DEVICE cpu' to the command."
-        )
+    check_device(cfg)
     resumes = resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 allows ?matching_heuristics=True
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
         raise MissingFileError(
             f"Checkpoint '{weights}' (MODEL.WEIGHTS) does not exist{_how_to_make(weights)}."
+        )
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Raise ConfigError if ``MODEL.DEVICE`` is a CUDA device and there is none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but there is no CUDA device; add "
+            "'MODEL.DEVICE cpu' to the command."
         )
 
 

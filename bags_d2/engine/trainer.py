@@ -27,6 +27,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..data.class_counts import training_class_counts
+from ..data.class_record import ClassRecord
 from ..data.samplers import OWN_SAMPLERS, EpochSampler, epoch_order
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
@@ -73,6 +74,7 @@ class BAGSTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             stage2=bool(cfg.MODEL.TRAINABLE_PARAMS),
             new_classifier=cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE,
+            classes=ClassRecord.of_training_set(cfg),
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0

@@ -1,0 +1,144 @@
+"""Inference for people: from a config and a checkpoint to detections in one image."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+from .. import model_zoo
+from ..data.class_record import ClassRecord
+from ..errors import ConfigError, MissingFileError
+from ..modeling.class_counts import ClassCounts
+from ..modeling.groups import ClassGroups
+from .checkpoint import LongTailCheckpointer
+from .setup import check_device, setup_cfg
+
+__all__ = ["LongTailPredictor"]
+
+
+class LongTailPredictor(DefaultPredictor):
+    """``DefaultPredictor`` that knows names and training counts of its classes.
+
+    Both come from the checkpoint, so neither the training nor the test set has to be there. A
+    checkpoint that fits the model only in part is an error instead of a warning.
+
+    ::
+
+        predictor = LongTailPredictor.from_config_file("glyphs_bags.yaml")
+        instances = predictor(cv2.imread("picture.png"))["instances"]
+        [predictor.class_names[c] for c in instances.pred_classes]
+
+    Attributes:
+        cfg: the config.
+        model: the detector, in evaluation mode.
+        class_names: K names.
+        class_counts: long tensor (K,), training instances; None if neither the checkpoint nor the
+            training set tells.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: config whose ``MODEL.WEIGHTS`` is the checkpoint to use.
+
+        Raises:
+            MissingFileError: if the checkpoint does not exist.
+            ConfigError: if it does not fit the model.
+        """
+        # Not the parent's, whose checkpointer goes on without the weights that are missing.
+        self.cfg = cfg.clone()
+        check_device(cfg)
+        self.model = build_model(self.cfg)
+        self.model.eval()
+        checkpointer = LongTailCheckpointer(self.model, evaluating=True)
+        record = ClassRecord.of_checkpoint(checkpointer.load(cfg.MODEL.WEIGHTS))
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        for key, values in vars(record).items():
+            if values is not None and len(values) != num_classes:
+                raise ConfigError(
+                    f"Checkpoint '{cfg.MODEL.WEIGHTS}' has {key} of {len(values)} classes but "
+                    f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; make them agree."
+                )
+        self.class_names = list(record.names or _registered_names(cfg))
+        self.class_counts = _training_counts(cfg, self.model, record)
+        if len(cfg.DATASETS.TEST):
+            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+        self.aug = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+        self.input_format = cfg.INPUT.FORMAT
+
+    @classmethod
+    def from_config_file(
+        cls,
+        config_file: str | os.PathLike,
+        weights: str | os.PathLike | None = None,
+        opts: Sequence = (),
+        device: str | None = None,
+    ) -> "LongTailPredictor":
+        """A predictor of a config file, or of a name in :mod:`bags_d2.model_zoo`.
+
+        Args:
+            config_file: a path, or a name such as "glyphs_bags.yaml".
+            weights: the checkpoint. None takes, in this order, ``MODEL.WEIGHTS`` of ``opts``, what
+                training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
+            opts: further config keys and values.
+            device: None is the config's, or the CPU where there is no CUDA device.
+
+        Raises:
+            MissingFileError: if there is no such config or no checkpoint.
+            ConfigError: if the config is faulty, or the checkpoint does not fit it.
+        """
+        name = os.fspath(config_file)
+        path = name if os.path.isfile(name) else model_zoo.get_config_file(name)
+        cfg = setup_cfg(argparse.Namespace(config_file=path, opts=list(opts)))
+        cfg.defrost()
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = os.fspath(weights)
+        elif "MODEL.WEIGHTS" not in list(opts)[::2]:
+            cfg.MODEL.WEIGHTS = _trained_weights(cfg, path)
+        if device or not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = device or "cpu"
+        cfg.freeze()
+        return cls(cfg)
+
+
+def _trained_weights(cfg: CfgNode, config_file: str) -> str:
+    """The result of training with a config; its MODEL.WEIGHTS is what training starts from."""
+    trained = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if os.path.isfile(trained):
+        return trained
+    try:
+        return model_zoo.get_checkpoint(os.path.basename(config_file))
+    except MissingFileError:
+        raise MissingFileError(
+            f"No trained checkpoint of '{config_file}': '{trained}' does not exist; name one "
+            "(MODEL.WEIGHTS), or train with train_net.py."
+        ) from None
+
+
+def _registered_names(cfg: CfgNode) -> list[str]:
+    """Names in the metadata of the data sets, whose files need not be there; else numbers."""
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None and len(names) == num_classes:
+            return names
+    return [f"class {i}" for i in range(num_classes)]
+
+
+def _training_counts(cfg: CfgNode, model, record: ClassRecord) -> torch.Tensor | None:
+    if record.training_instances is not None:
+        return torch.tensor(record.training_instances)
+    for module in model.modules():
+        known = isinstance(module, ClassGroups | ClassCounts) and module.is_determined
+        if known and cfg.MODEL.BAGS.COUNT_BY == "instances":
+            return module.class_counts.cpu()
+    counts = ClassRecord.of_training_set(cfg).training_instances
+    return None if counts is None else torch.tensor(counts)

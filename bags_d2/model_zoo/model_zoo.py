@@ -1,0 +1,126 @@
+"""Configs and checkpoints by name, wherever the package is installed."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.modeling import build_model
+from torch import nn
+
+from ..engine.checkpoint import LongTailCheckpointer
+from ..engine.setup import setup_cfg
+from ..errors import MissingFileError
+
+__all__ = ["get", "get_checkpoint", "get_config", "get_config_file", "list_configs"]
+
+_HERE = Path(__file__).parent
+_CONFIGS = _HERE / "configs"
+_CHECKPOINTS = _HERE / "checkpoints"
+
+
+def list_configs() -> list[str]:
+    """Names of all configs that a model can be built from."""
+    paths = [*_CONFIGS.rglob("*.yaml"), *_CONFIGS.rglob("*.py")]
+    return sorted(
+        path.relative_to(_CONFIGS).as_posix() for path in paths if not path.name.startswith("Base-")
+    )
+
+
+def get_config_file(config_path: str) -> str:
+    """Path of a config of this package.
+
+    Args:
+        config_path: relative to ``configs/``, such as "lvis_bags_R50.yaml".
+
+    Raises:
+        MissingFileError: if there is no such config.
+    """
+    path = _CONFIGS / config_path
+    if not path.is_file():
+        raise MissingFileError(
+            f"'{config_path}' is no config of bags_d2's model zoo; bags_d2.model_zoo.list_configs()"
+            " names all."
+        )
+    return str(path)
+
+
+def get_checkpoint(config_path: str) -> str:
+    """Path of the checkpoint that was trained with a config of this package.
+
+    Args:
+        config_path: relative to ``configs/``.
+
+    Raises:
+        MissingFileError: if there is no such config, or no checkpoint of it is carried.
+    """
+    get_config_file(config_path)
+    path = _CHECKPOINTS / Path(config_path).with_suffix("") / "model_final.pth"
+    if not path.is_file():
+        carried = sorted(p.parent.name for p in _CHECKPOINTS.glob("*/model_final.pth"))
+        raise MissingFileError(
+            f"bags_d2 carries no checkpoint of '{config_path}', only of {', '.join(carried)}; "
+            "train one with train_net.py."
+        )
+    return str(path)
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode:
+    """A config of this package, as ``detectron2.model_zoo.get_config`` has its own.
+
+    Args:
+        config_path: relative to ``configs/``.
+        trained: whether its weights are to be those of :func:`get_checkpoint` instead of what
+            training starts from.
+
+    Returns:
+        A CfgNode, or a DictConfig of a LazyConfig (``.py``).
+
+    Raises:
+        MissingFileError: if there is no such config, or no checkpoint of it.
+    """
+    path = get_config_file(config_path)
+    weights = get_checkpoint(config_path) if trained else None
+    if path.endswith(".py"):
+        lazy = LazyConfig.load(path)
+        if weights:
+            lazy.train.init_checkpoint = weights
+        return lazy
+    cfg = setup_cfg(argparse.Namespace(config_file=path, opts=[]))
+    cfg.defrost()
+    if weights:
+        cfg.MODEL.WEIGHTS = weights
+    elif cfg.MODEL.WEIGHTS.startswith("checkpoints/"):
+        # Carried, and written relative to the root of a source checkout.
+        cfg.MODEL.WEIGHTS = str(_HERE / cfg.MODEL.WEIGHTS)
+    return cfg
+
+
+def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """A model of this package, with weights, as ``detectron2.model_zoo.get`` has its own.
+
+    Args:
+        config_path: relative to ``configs/``.
+        trained: see :func:`get_config`.
+        device: None is the config's, or the CPU where there is no CUDA device.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        MissingFileError: if there is no such config, or its weights are not there.
+        ConfigError: if its weights do not fit.
+    """
+    cfg = get_config(config_path, trained)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if isinstance(cfg, CfgNode):
+        if device is not None:
+            cfg.MODEL.DEVICE = device
+        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
+    else:
+        model, weights = instantiate(cfg.model), cfg.train.init_checkpoint
+        model.to(device or cfg.train.device)
+    LongTailCheckpointer(model, evaluating=trained).load(os.fspath(weights))
+    return model
