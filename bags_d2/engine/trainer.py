@@ -36,6 +36,7 @@ from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from .checkpoint import LongTailCheckpointer
 from .frozen import skip_frozen_parts
+from .optimizer import clip_full_model
 from .trainable import freeze_norm_statistics, select_trainable_params
 
 __all__ = ["BAGSTrainer"]
@@ -110,11 +111,7 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm.
-
-        Detectron2's own "norm" clips each parameter by itself. The recipe of BAGS (and of most
-        of the field) clips the norm of all gradients taken together.
-        """
+        """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm."""
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
             return super().build_optimizer(cfg, model)
@@ -122,13 +119,7 @@ class BAGSTrainer(DefaultTrainer):
         cfg.defrost()
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         optimizer = super().build_optimizer(cfg, model)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def clip_gradients(*_) -> None:
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
-
-        # A hook on the optimizer comes after GradScaler has unscaled the gradients.
-        optimizer.register_step_pre_hook(clip_gradients)
+        clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
         return optimizer
 
     @classmethod

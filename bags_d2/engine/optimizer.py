@@ -1,0 +1,28 @@
+"""What the recipe asks of an optimizer beyond Detectron2's."""
+
+import torch
+from torch import nn
+
+__all__ = ["clip_full_model"]
+
+
+def clip_full_model(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> None:
+    """Clip the norm of all gradients taken together before each step of an optimizer.
+
+    Detectron2's own "norm" clips each parameter by itself. The recipe of BAGS (and of most of the
+    field) clips the norm of all gradients taken together.
+
+    Args:
+        optimizer: the optimizer.
+        max_norm: largest norm.
+        norm_type: p of the norm.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip_gradients(*_) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+    # A hook on the optimizer comes after GradScaler has unscaled the gradients.
+    optimizer.register_step_pre_hook(clip_gradients)
