@@ -19,6 +19,7 @@ TRAIN, TEST, NUM_CLASSES = "lvis_v1_train", "lvis_v1_val", 1203
 MAX_ITER = 75_100  # 12 epochs of 100,170 images at batch 16
 
 model = get_config("common/models/mask_rcnn_fpn.py").model
+model.backbone.bottom_up.freeze_at = 2
 model.proposal_generator.smooth_l1_beta = 0.1111
 model.roi_heads._target_ = LongTailROIHeads
 model.roi_heads.num_classes = NUM_CLASSES
