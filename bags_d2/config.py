@@ -85,6 +85,10 @@ def add_bags_config(cfg: CfgNode) -> None:
     # the mask head. What trains, trains the same way; False runs everything, to log all losses.
     cfg.MODEL.SKIP_FROZEN = True
 
+    # Data sets to register: rows (name, "coco" or "lvis", annotation file, folder of images), for
+    # use in DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.REGISTER = ()
+
     # DATALOADER.SAMPLER_TRAIN may also be "ClassBalancedTrainingSampler" (an image of a class that
     # is drawn evenly) or "TailTrainingSampler": images that show a class of fewer training
     # instances than this.

@@ -2,18 +2,25 @@
 
 import functools
 import os
+from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..errors import DataError, MissingFileError
+from ..errors import ConfigError, DataError, MissingFileError
 from .class_counts import missing_dataset_message
 from .glyphs import PRESETS
 from .json_files import load_json
 from .lvis_v1 import lvis_v1_counts
 
-__all__ = ["load_lvis_format", "register_builtin_datasets", "register_lvis_format"]
+__all__ = [
+    "load_lvis_format",
+    "register_builtin_datasets",
+    "register_from_config",
+    "register_lvis_format",
+]
 
 
 def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
@@ -31,6 +38,37 @@ def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
         name, functools.partial(load_lvis_format, json_file, image_root, dataset_name=name)
     )
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="lvis")
+
+
+def register_from_config(rows: Sequence[Sequence[str]]) -> None:
+    """Register the data sets that a config asks for (``DATASETS.REGISTER``).
+
+    Args:
+        rows: for each data set its name, "coco" or "lvis", the annotation file and the folder of
+            images. The files need not exist before the data set is used.
+
+    Raises:
+        ConfigError: if a row is of another form, or its name is taken by another data set.
+    """
+    for row in rows:
+        strings = isinstance(row, list | tuple) and all(isinstance(x, str) for x in row)
+        if not strings or len(row) != 4 or row[1] not in ("coco", "lvis"):
+            raise ConfigError(
+                "DATASETS.REGISTER must hold rows of (name, 'coco' or 'lvis', annotation file, "
+                f"folder of images), found {row!r}."
+            )
+        name, kind, json_file, image_root = row
+        if name in DatasetCatalog:
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
+                raise ConfigError(
+                    f"DATASETS.REGISTER: a data set '{name}' of other files is registered already; "
+                    "choose another name."
+                )
+        elif kind == "coco":
+            register_coco_instances(name, {}, json_file, image_root)
+        else:
+            register_lvis_format(name, json_file, image_root)
 
 
 def load_lvis_format(json_file: str, image_root: str, dataset_name: str) -> list[dict]:

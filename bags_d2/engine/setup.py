@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_bags_config
 from ..data.class_counts import missing_dataset_message
+from ..data.datasets import register_from_config
 from ..errors import ConfigError, MissingFileError
 
 __all__ = ["check_device", "check_files", "setup_cfg"]
@@ -21,7 +22,7 @@ _FAULTY_CONFIG = (KeyError, ValueError, AssertionError, AttributeError, TypeErro
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
-    """Read ``args.config_file`` and merge ``args.opts``.
+    """Read ``args.config_file``, merge ``args.opts`` and register ``DATASETS.REGISTER``.
 
     Args:
         args: of ``detectron2.engine.default_argument_parser``.
@@ -51,6 +52,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         ) from None
     except (*_FAULTY_CONFIG, yaml.YAMLError) as error:
         raise ConfigError(f"Config '{path}' with options {args.opts or []}: {error}") from error
+    register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()
     return cfg
 

@@ -6,8 +6,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from bags_d2 import DataError, MissingFileError
+from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.data import load_lvis_format
+from bags_d2.data.class_counts import count_classes
+from bags_d2.data.datasets import register_from_config
 from bags_d2.data.glyphs import PRESETS
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 
@@ -183,3 +185,37 @@ def test_counts_of_lvis_v1_are_those_of_its_categories():
         n >= m >= 1 for n, m in zip(counts["instance_count"], counts["image_count"], strict=True)
     )
     assert MetadataCatalog.get("lvis_v1_train").class_instance_count == counts["instance_count"]
+
+
+@pytest.fixture
+def unregister():
+    """Names that a test has registered, to be forgotten after it."""
+    names = []
+    yield names
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("kind", ["coco", "lvis"])
+def test_configs_register_data_sets(kind, write_lvis, tmp_path, unregister):
+    path = write_lvis({3: "ant", 7: "bee", 20: "cat"}, [(1, 7), (2, 20), (2, 20)])
+    row = (f"of_config_{kind}", kind, path, str(tmp_path))
+    register_from_config([row])
+    unregister.append(row[0])
+    register_from_config([list(row)])  # as every process does anew
+    assert count_classes(row[0]).tolist() == [0, 1, 2]
+    assert len(DatasetCatalog.get(row[0])) == 2
+    metadata = MetadataCatalog.get(row[0])
+    assert metadata.evaluator_type == kind
+    assert list(metadata.thing_classes) == ["ant", "bee", "cat"]
+    with pytest.raises(ConfigError, match="of other files is registered already"):
+        register_from_config([(row[0], kind, "other.json", str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    "row", ["text", ("a", "coco", "b"), ("a", "voc", "b", "c"), ("a", "coco", "b", 3)]
+)
+def test_faulty_rows_are_refused(row):
+    with pytest.raises(ConfigError, match=r"DATASETS\.REGISTER must hold rows"):
+        register_from_config([row])
