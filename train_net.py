@@ -4,13 +4,13 @@
 import functools
 import sys
 
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2 import BagsError, BAGSTrainer
-from bags_d2.engine import LongTailCheckpointer, check_files, setup_cfg
+from bags_d2.engine import LongTailCheckpointer, check_files, launch, setup_cfg
 
 
 def main(args):
@@ -42,13 +42,6 @@ if __name__ == "__main__":
     try:
         # Once before processes are launched: one sentence instead of one traceback for each.
         check_files(setup_cfg(args), args.eval_only, args.resume)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(main, args)
     except BagsError as error:
         sys.exit(f"Error: {error}")

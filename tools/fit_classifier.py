@@ -7,12 +7,12 @@ Both passes go on where they stopped if the same command is run again.
 import sys
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2 import BagsError
-from bags_d2.engine import check_files, setup_cfg
+from bags_d2.engine import check_files, launch, setup_cfg
 from bags_d2.engine.feature_cache import extract_features
 from bags_d2.engine.fitting import fit_classifier
 
@@ -45,14 +45,7 @@ def main(args):
     check_files(cfg)
     default_setup(cfg, args)
     folder = args.cache or default_cache(cfg)
-    launch(
-        extract,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, folder, args.views, args.rois_per_image),
-    )
+    launch(extract, args, (cfg, folder, args.views, args.rois_per_image))
     if args.machine_rank == 0:
         # With the very arguments of above: others would add a second handler.
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")

@@ -17,14 +17,13 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2 import BagsError, ConfigError, MissingFileError
-from bags_d2.engine import LongTailCheckpointer
+from bags_d2.engine import LongTailCheckpointer, launch
 
 
 def test(cfg, model):
@@ -91,13 +90,6 @@ if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     try:
         load(args)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(main, args)
     except BagsError as error:
         sys.exit(f"Error: {error}")

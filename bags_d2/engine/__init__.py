@@ -3,6 +3,7 @@
 from .checkpoint import LongTailCheckpointer
 from .feature_cache import FeatureCache, extract_features
 from .fitting import fit_classifier
+from .launch import launch
 from .predictor import LongTailPredictor
 from .setup import check_files, setup_cfg
 from .trainable import select_trainable_params
@@ -16,6 +17,7 @@ __all__ = [
     "check_files",
     "extract_features",
     "fit_classifier",
+    "launch",
     "select_trainable_params",
     "setup_cfg",
 ]

@@ -1,0 +1,79 @@
+"""Starting one process for each GPU, or joining those that torchrun has started."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from detectron2 import engine
+from detectron2.utils import comm
+from torch import distributed, multiprocessing
+
+from ..errors import BagsError
+
+__all__ = ["launch"]
+
+# How long collective operations wait for other processes, as Detectron2 has it.
+TIMEOUT = timedelta(minutes=30)
+
+
+def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:
+    """Run ``main`` in every process of a training run.
+
+    Under torchrun the processes are there already, and the flags of Detectron2's launcher are not
+    used. Otherwise they are spawned by Detectron2's ``launch``. If one ends with an error or is
+    killed, the others on its machine are stopped.
+
+    Args:
+        main: what to run; a function that can be pickled.
+        args: of ``detectron2.engine.default_argument_parser``.
+        main_args: arguments of ``main``; None is ``(args,)``.
+
+    Raises:
+        BagsError: what a process raised, or that one was killed.
+    """
+    main_args = (args,) if main_args is None else main_args
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun()
+        main(*main_args)
+        # Together, since the first process holds the store that the others talk to.
+        comm.synchronize()
+        distributed.destroy_process_group()
+        return
+    try:
+        engine.launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=main_args,
+        )
+    except multiprocessing.ProcessRaisedException as error:
+        # The child's exception comes as the text of its traceback.
+        own = re.findall(r"^bags_d2\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
+        if not own:
+            raise
+        raise BagsError(own[-1]) from None
+    except multiprocessing.ProcessExitedException as error:
+        raise BagsError(
+            f"Process {error.error_index} of this machine ended early ({_ending(error)}), so the "
+            "others were stopped; run the same command with --resume to go on from the last "
+            "checkpoint."
+        ) from None
+
+
+def _join_torchrun() -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _ending(error: multiprocessing.ProcessExitedException) -> str:
+    if error.signal_name is not None:
+        return f"signal {error.signal_name}, as when memory runs out"
+    return f"exit status {error.exit_code}"
