@@ -1,47 +1,120 @@
 """What a checkpoint's classifier looks like from outside."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from ..errors import DataError
 from ..modeling.groups import ClassGroups
 
-__all__ = ["class_weight_norms"]
+__all__ = ["class_weight_norms", "rank_correlation", "remembered_counts"]
 
 _PREDICTOR = "roi_heads.box_predictor."
+_WEIGHT = "cls_score.weight"
 
 
-def class_weight_norms(state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def class_weight_norms(
+    state_dict: Mapping[str, torch.Tensor], num_classes: int | None = None
+) -> torch.Tensor:
     """L2 norm of each foreground class's weight vector (the paper's Figure 1).
 
-    Works on softmax and grouped classifiers; of a cascade, the mean over its stages.
+    Works on grouped classifiers, and on those whose first K rows are the classes: softmax (K + 1
+    rows, background last), sigmoid (K) and Seesaw (K + 2). Learned scales (LWS) count. Of a
+    cascade, the mean over its stages.
 
     Args:
         state_dict: the "model" entry of a checkpoint.
+        num_classes: K; None reads it off the rest of the box predictor, or takes the classifier
+            for a softmax.
 
     Returns:
         Tensor (K,).
 
     Raises:
-        DataError: if there is no box classifier in it.
+        DataError: if there is no box classifier in it, or it has another number of classes.
     """
-    suffix = "cls_score.weight"
-    names = [k for k in state_dict if k.startswith(_PREDICTOR) and k.endswith(suffix)]
+    names = [k for k in state_dict if k.startswith(_PREDICTOR) and k.endswith(_WEIGHT)]
     if not names:
-        raise DataError(f"The checkpoint has no '{_PREDICTOR}*{suffix}': not a box classifier.")
-    norms = []
-    for name in names:
-        weight = torch.as_tensor(state_dict[name]).float()
-        prefix = name.removesuffix(suffix) + "groups."
-        if prefix + "class_to_group" in state_dict:
-            groups = ClassGroups(
-                state_dict[prefix + "class_to_group"],
-                state_dict[prefix + "class_counts"],
-                state_dict[prefix + "thresholds"].tolist(),
+        raise DataError(f"The checkpoint has no '{_PREDICTOR}*{_WEIGHT}': not a box classifier.")
+    return torch.stack(
+        [_stage_norms(state_dict, name.removesuffix(_WEIGHT), num_classes) for name in names]
+    ).mean(dim=0)
+
+
+def remembered_counts(checkpoint: Mapping) -> list[int] | None:
+    """Training counts of the classes that a checkpoint carries; None if it has none.
+
+    Args:
+        checkpoint: its whole content.
+    """
+    of_classes = (checkpoint.get("classes") or {}).get("training_instances")
+    if of_classes is not None:
+        return list(of_classes)
+    for name, value in checkpoint["model"].items():
+        if name.startswith(_PREDICTOR) and name.endswith(".class_counts"):
+            counts = torch.as_tensor(value).tolist()
+            return counts if min(counts) >= 0 else None
+    return None
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean rank.
+
+    Args:
+        x: N numbers.
+        y: N numbers.
+
+    Returns:
+        -1..1; NaN if all of x or all of y are equal.
+    """
+    ranks = np.array([_mean_ranks(x), _mean_ranks(y)])
+    if (ranks.std(axis=1) == 0).any():
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _stage_norms(
+    state_dict: Mapping[str, torch.Tensor], prefix: str, num_classes: int | None
+) -> torch.Tensor:
+    weight = torch.as_tensor(state_dict[prefix + _WEIGHT]).float()
+    norms = weight.norm(dim=1)
+    if prefix + "scale" in state_dict:
+        norms = norms * torch.as_tensor(state_dict[prefix + "scale"]).float().abs()
+    if prefix + "groups.class_to_group" in state_dict:
+        groups = ClassGroups(
+            *(
+                torch.as_tensor(state_dict[f"{prefix}groups.{key}"])
+                for key in ("class_to_group", "class_counts")
+            ),
+            torch.as_tensor(state_dict[prefix + "groups.thresholds"]).tolist(),
+        )
+        found, norms = groups.num_classes, norms[groups.class_to_column]
+    else:
+        found = num_classes or _num_classes(state_dict, prefix, len(weight))
+        if not found <= len(weight) <= found + 2:
+            raise DataError(
+                f"'{prefix}{_WEIGHT}' has {len(weight)} rows, which is no classifier of {found} "
+                "classes."
             )
-            weight = weight[groups.class_to_column]
-        else:
-            weight = weight[:-1]  # background is Detectron2's last row
-        norms.append(weight.norm(dim=1))
-    return torch.stack(norms).mean(dim=0)
+        norms = norms[:found]
+    if num_classes is not None and found != num_classes:
+        raise DataError(
+            f"'{prefix}{_WEIGHT}' is of {found} classes, but {num_classes} were expected."
+        )
+    return norms
+
+
+def _num_classes(state_dict: Mapping[str, torch.Tensor], prefix: str, num_rows: int) -> int:
+    for key in ("counts.class_counts", "num_samples"):
+        if prefix + key in state_dict:
+            return len(state_dict[prefix + key])
+    # Class-specific boxes have four outputs a class, class-agnostic ones four in all.
+    box_rows = len(state_dict.get(prefix + "bbox_pred.weight", ()))
+    return box_rows // 4 if box_rows > 4 else num_rows - 1
+
+
+def _mean_ranks(values: Sequence[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]

@@ -18,6 +18,7 @@ from ..errors import ConfigError, DataError, MissingFileError
 from .json_files import load_json
 
 __all__ = [
+    "count_annotation_file",
     "count_classes",
     "missing_dataset_message",
     "read_class_counts",
@@ -149,6 +150,29 @@ def _counts_and_names(dataset_name: str, by: str) -> tuple[torch.Tensor, list[st
     return counts[COUNTABLE.index(by)].clone(), list(names)
 
 
+def count_annotation_file(
+    path: str, by: str = "instances"
+) -> tuple[torch.Tensor, list[str] | None]:
+    """Count the classes of a COCO or LVIS annotation file that need not be registered.
+
+    Args:
+        path: the file.
+        by: "instances" or "images".
+
+    Returns:
+        Long tensor (K,) in the order of category ids, and K names, None if some have none.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is faulty.
+    """
+    local = PathManager.get_local_path(path)
+    if not os.path.isfile(local):
+        raise MissingFileError(f"Annotation file '{path}' does not exist.")
+    counts, names, _ = _count_json(local, _version(local), frozenset())
+    return counts[COUNTABLE.index(by)].clone(), None if None in names else list(names)
+
+
 def _count_images(dataset_name: str) -> int:
     if dataset_name not in DatasetCatalog:
         raise MissingFileError(f"Data set '{dataset_name}' (DATASETS.TRAIN) is not registered.")
@@ -164,9 +188,7 @@ def _count_annotations(dataset_name: str) -> tuple[torch.Tensor, tuple[str | Non
     if not os.path.isfile(path):
         raise MissingFileError(missing_dataset_message(dataset_name, metadata.json_file))
     id_map = metadata.get("thing_dataset_id_to_contiguous_id")
-    stat = os.stat(path)
-    version = (stat.st_mtime_ns, stat.st_size)
-    return _count_json(path, version, frozenset((id_map or {}).items()))
+    return _count_json(path, _version(path), frozenset((id_map or {}).items()))
 
 
 def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> torch.Tensor:
@@ -263,6 +285,11 @@ def _count_records(records: list[dict], classes: list[str], by: str) -> torch.Te
         for c in ids if by == "instances" else set(ids):
             counts[c] += 1
     return counts
+
+
+def _version(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,3 +1,9 @@
+import csv
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +17,7 @@ from bags_d2.analysis import (
     plot_ap_bins,
     plot_weight_norms,
 )
+from bags_d2.analysis.classifier import rank_correlation, remembered_counts
 
 
 def test_weight_norms_of_a_softmax_leave_the_background_out():
@@ -80,3 +87,78 @@ def test_comparison_has_a_column_for_each_model(tmp_path):
     )
     height, width = mpl_image.imread(tmp_path / "out.png").shape[:2]
     assert width / height > 2
+
+
+@pytest.mark.parametrize("extra_rows", [0, 1, 2])
+def test_weight_norms_of_other_layouts_need_the_number_of_classes_or_find_it(extra_rows):
+    weight = torch.arange(1.0, 4.0 + extra_rows)[:, None]
+    state = {"roi_heads.box_predictor.cls_score.weight": weight}
+    assert class_weight_norms(state, num_classes=3).tolist() == [1.0, 2.0, 3.0]
+    boxes = {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(12, 1)}
+    assert class_weight_norms(state | boxes).tolist() == [1.0, 2.0, 3.0]
+    samples = {"roi_heads.box_predictor.num_samples": torch.zeros(3)}
+    assert class_weight_norms(state | samples).tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(DataError, match="no classifier of 9 classes"):
+        class_weight_norms(state, num_classes=9)
+
+
+def test_weight_norms_follow_learned_scales():
+    state = {
+        "roi_heads.box_predictor.cls_score.weight": torch.ones(3, 4),
+        "roi_heads.box_predictor.scale": torch.tensor([1.0, -2.0, 5.0]),
+    }
+    assert class_weight_norms(state).tolist() == [2.0, 4.0]
+
+
+def test_groups_of_another_number_of_classes_are_refused():
+    groups = ClassGroups.from_counts([2000, 5, 50, 7])
+    state = {
+        "roi_heads.box_predictor.cls_score.weight": torch.zeros(groups.num_logits, 3),
+        **{f"roi_heads.box_predictor.groups.{k}": v for k, v in groups.state_dict().items()},
+    }
+    with pytest.raises(DataError, match="is of 4 classes, but 5 were expected"):
+        class_weight_norms(state, 5)
+
+
+def test_rank_correlation_is_spearmans():
+    assert rank_correlation([1, 2, 3, 4], [10, 100, 1000, 1e9]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # By hand: ranks 1.5, 1.5, 3, 4 and 1, 2, 4, 3.
+    expected = np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 4, 3])[0, 1]
+    assert rank_correlation([5, 5, 6, 7], [0.1, 0.2, 0.9, 0.3]) == pytest.approx(expected)
+    assert np.isnan(rank_correlation([1, 1], [1, 2]))
+
+
+def test_checkpoints_tell_their_counts():
+    assert remembered_counts({"model": {}}) is None
+    assert remembered_counts({"model": {}, "classes": {"training_instances": [1, 2]}}) == [1, 2]
+    key = "roi_heads.box_predictor.0.groups.class_counts"
+    assert remembered_counts({"model": {key: torch.tensor([3, 4])}}) == [3, 4]
+    assert remembered_counts({"model": {key: torch.tensor([-1, -1])}}) is None
+
+
+def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(8):
+        weight = rng.normal(size=(5, 3)).astype(np.float32)
+        model = {"roi_heads.box_predictor.cls_score.weight": weight}
+        paths.append(tmp_path / f"{i}.pkl")
+        paths[-1].write_bytes(pickle.dumps({"model": model, "__author__": "zoo"}))
+    counts = tmp_path / "counts.json"
+    counts.write_text("[3, 30, 300, 3000]")
+    tool = [sys.executable, "tools/analyze_classifier.py", "--output", str(tmp_path / "out")]
+    root = Path(__file__).resolve().parents[2]
+    command = [*tool, "--counts", str(counts), "--checkpoint", f"first={paths[0]}", *paths[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "rank correlation" in done.stdout
+    rows = list(csv.DictReader(open(tmp_path / "out" / "weight_norms.csv")))
+    assert [row["group"] for row in rows] == ["0-9", "10-99", "100-999", "1000+"]
+    content = pickle.loads(paths[0].read_bytes())["model"]
+    norms = np.linalg.norm(next(iter(content.values()))[:4], axis=1)
+    assert np.allclose([float(row["first"]) for row in rows], norms)
+    unknown = subprocess.run(
+        [*tool, "--checkpoint", str(paths[0])], capture_output=True, text=True, cwd=root
+    )
+    assert "add --config-file" in unknown.stderr

@@ -1,0 +1,142 @@
+"""Do class groups fit a data set: what they hold, what is odd about them, and what would fit.
+
+Shapes: K classes, G groups; ``thresholds`` are the G - 1 edges of half-open bins of counts.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..evaluation.bins import bin_index
+
+__all__ = ["GroupSummary", "bin_names", "grouping_faults", "propose_thresholds", "summarize_groups"]
+
+# Of all classes in one group: above this share grouping hardly changes anything.
+_TOO_LARGE_A_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """One group.
+
+    Attributes:
+        name: its range of counts, such as "10-99".
+        classes: positions of its classes, in ascending order of count.
+        instances: training instances of all its classes.
+        share: of all training instances, 0..1.
+    """
+
+    name: str
+    classes: tuple[int, ...]
+    instances: int
+    share: float
+
+
+def bin_names(thresholds: Sequence[int]) -> list[str]:
+    """The ranges of counts in words: (10, 100) gives "0-9", "10-99" and "100+"."""
+    edges = [0, *thresholds]
+    ranges = [f"{a}-{b - 1}" if b - 1 > a else f"{a}" for a, b in itertools.pairwise(edges)]
+    return [*ranges, f"{edges[-1]}+"]
+
+
+def summarize_groups(counts: Sequence[int], thresholds: Sequence[int]) -> list[GroupSummary]:
+    """What each group holds.
+
+    Args:
+        counts: K training counts.
+        thresholds: edges of the groups.
+
+    Returns:
+        G summaries.
+
+    Raises:
+        ConfigError: if the thresholds do not ascend.
+        DataError: if a count is negative.
+    """
+    counts = np.asarray(counts)
+    groups = bin_index(counts, thresholds)
+    order = np.argsort(counts, kind="stable")
+    summaries = []
+    for g, name in enumerate(bin_names(thresholds)):
+        classes = order[groups[order] == g]
+        total = int(counts[classes].sum())
+        share = total / max(int(counts.sum()), 1)
+        summaries.append(GroupSummary(name, tuple(classes.tolist()), total, share))
+    return summaries
+
+
+def grouping_faults(counts: Sequence[int], thresholds: Sequence[int]) -> list[str]:
+    """What makes little sense about a grouping, each in one sentence; nothing if all is well.
+
+    Args:
+        counts: K training counts.
+        thresholds: edges of the groups.
+    """
+    faults = []
+    for group in summarize_groups(counts, thresholds):
+        size = len(group.classes)
+        if size == 0:
+            faults.append(
+                f"No class has {group.name} instances: the group is empty and does nothing."
+            )
+        elif size == 1 and len(counts) > 1:
+            faults.append(
+                f"One class alone has {group.name} instances: it competes with no class of its "
+                "frequency."
+            )
+        if thresholds and size > _TOO_LARGE_A_SHARE * len(counts):
+            faults.append(
+                f"{size} of {len(counts)} classes have {group.name} instances: within their group "
+                "they compete as in a plain softmax."
+            )
+    return faults
+
+
+def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int, ...]:
+    """Edges at round numbers that put classes of similar frequency together.
+
+    Powers of ten, or, where these leave all classes in one group though their counts differ more
+    than threefold, the series 1, 2, 5, 10, ...; then the smallest group is joined with its smaller
+    neighbour until every group has two classes and there are no more groups than wanted.
+
+    Args:
+        counts: K training counts.
+        max_groups: most groups.
+
+    Returns:
+        Edges in ascending order; () if one group is best.
+    """
+    counts = np.asarray(counts)
+    known = counts[counts > 0]
+    if len(known) == 0:
+        return ()
+    for steps in ((1,), (1, 2, 5)):
+        edges = [e for e in _series(steps, int(known.max())) if e > known.min()]
+        edges = _join_small_groups(counts, edges, max_groups)
+        if edges or known.max() <= 3 * known.min():
+            return tuple(edges)
+    return ()
+
+
+def _series(steps: Sequence[int], largest: int) -> Iterator[int]:
+    for exponent in range(math.ceil(math.log10(largest + 1)) + 1):
+        for step in steps:
+            edge = step * 10**exponent
+            if 1 < edge <= largest:
+                yield edge
+
+
+def _join_small_groups(counts: np.ndarray, edges: list[int], max_groups: int) -> list[int]:
+    edges = list(edges)
+    while edges:
+        sizes = np.bincount(np.searchsorted(edges, counts, side="right"), minlength=len(edges) + 1)
+        smallest = int(sizes.argmin())
+        if sizes[smallest] >= 2 and len(sizes) <= max_groups:
+            break
+        # Edge i parts the groups i and i + 1.
+        neighbours = [i for i in (smallest - 1, smallest) if 0 <= i < len(edges)]
+        edges.pop(min(neighbours, key=lambda i: sizes[i] + sizes[i + 1]))
+    return edges

@@ -1,0 +1,203 @@
+"""What runs left behind, and which group won where an object is."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bags_d2 import ConfigError, DataError, MissingFileError
+from bags_d2.analysis.plots import plot_class_ap_change, plot_winning_groups
+from bags_d2.analysis.runs import read_run, winning_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
+GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
+THRESHOLDS = (10, 100, 1000)
+
+
+def _iou(a, b):
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    inter = max(width, 0) * max(height, 0)
+    return inter / (a[2] * a[3] + b[2] * b[3] - inter)
+
+
+def _slow_winning_groups(truth, detections):
+    """The definition, in loops."""
+    matrix = np.zeros((4, 6), dtype=int)
+    for obj in truth:
+        best = None
+        for det in detections:
+            if det["image_id"] == obj["image_id"] and _iou(det["bbox"], obj["bbox"]) >= 0.5:
+                if best is None or det["score"] > best["score"]:
+                    best = det
+        row = GROUP_OF[obj["category_id"]]
+        if best is None:
+            matrix[row, 5] += 1
+        elif best["category_id"] == obj["category_id"]:
+            matrix[row, 0] += 1
+        else:
+            matrix[row, 1 + GROUP_OF[best["category_id"]]] += 1
+    return matrix
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_winners_are_those_of_the_definition(seed):
+    rng = np.random.default_rng(seed)
+
+    def make(n, **extra):
+        return [
+            {
+                "image_id": int(rng.integers(4)),
+                "category_id": int(rng.choice([*COUNT_OF])),
+                "bbox": [*rng.uniform(0, 10, 2), *rng.uniform(4, 12, 2)],
+                **{k: v() for k, v in extra.items()},
+            }
+            for _ in range(n)
+        ]
+
+    truth = make(15)
+    # Few different scores, so that there are ties.
+    detections = make(40, score=lambda: float(rng.integers(5)) / 5)
+    expected = _slow_winning_groups(truth, detections)
+    assert np.array_equal(winning_groups(truth, detections, COUNT_OF, THRESHOLDS), expected)
+    assert expected.sum() == 15
+
+
+def test_crowds_are_no_objects_and_nothing_detected_is_missed():
+    truth = [
+        {"image_id": 1, "category_id": 3, "bbox": [0, 0, 5, 5], "iscrowd": 1},
+        {"image_id": 1, "category_id": 8, "bbox": [0, 0, 5, 5]},
+    ]
+    matrix = winning_groups(truth, [], COUNT_OF, THRESHOLDS)
+    assert matrix.sum() == matrix[1, -1] == 1
+
+
+@pytest.fixture
+def make_run(tmp_path, write_lvis, register):
+    """``make_run(name, aps)``: the folder of a run evaluated on a registered data set."""
+    names = {3: "ant", 8: "bee", 20: "cat", 21: "dog"}
+    annotations = write_lvis(names, [(1, 3), (1, 8), (2, 20), (2, 21), (2, 21)])
+    dataset = register("runs_val", annotations)
+
+    def make(name, aps, task="bbox"):
+        folder = tmp_path / name
+        where = folder / "inference" / dataset
+        where.mkdir(parents=True)
+        with open(where / f"per_class_{task}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                [
+                    "category_id",
+                    "name",
+                    "frequency",
+                    "training_instances",
+                    "validation_instances",
+                    "AP",
+                    "AP50",
+                ]
+            )
+            for (i, class_name), ap in zip(names.items(), aps, strict=True):
+                cell = "" if ap is None else ap
+                writer.writerow((i, class_name, "", COUNT_OF[i], 1, cell, cell))
+        measures = {"AP": 30.0, "AP1": 10.0, "AP2": None, "AP3": None, "AP4": 50.0, "bAP": 30.0}
+        (folder / "inference" / "results.json").write_text(json.dumps({task: measures}))
+        rows = [
+            {"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.5},
+            {"image_id": 2, "category_id": 21, "bbox": [1, 2, 3, 4], "score": 0.5},
+        ]
+        (where / "lvis_instances_results.json").write_text(json.dumps(rows))
+        return folder
+
+    make.annotations = annotations
+    return make
+
+
+def test_a_run_is_read(make_run):
+    run = read_run(make_run("one", [10.0, None, 30.0, 40.0]))
+    assert (run.label, run.dataset, run.task) == ("one", "runs_val", "bbox")
+    assert run.category_ids == [3, 8, 20, 21]
+    assert run.names == ["ant", "bee", "cat", "dog"]
+    assert run.training_instances.tolist() == [5, 50, 7, 5000]
+    assert np.isnan(run.ap[1])
+    assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
+    assert len(run.detections()) == 2
+    matrix = winning_groups(
+        run.ground_truth()["annotations"], run.detections(), COUNT_OF, THRESHOLDS
+    )
+    assert matrix.tolist() == [
+        [0, 0, 1, 0, 1, 0],
+        [1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [2, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_what_is_not_there_is_named(make_run, tmp_path):
+    folder = make_run("one", [1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(MissingFileError, match="has no bbox evaluation"):
+        read_run(tmp_path / "none")
+    with pytest.raises(MissingFileError, match="of 'other_val'"):
+        read_run(folder, dataset="other_val")
+    with pytest.raises(MissingFileError, match="no segm evaluation"):
+        read_run(folder, task="segm")
+    second = folder / "inference" / "other_val"
+    second.mkdir()
+    (second / "per_class_bbox.csv").write_text("category_id\n1\n")
+    with pytest.raises(ConfigError, match="evaluations of other_val, runs_val; name one"):
+        read_run(folder)
+    with pytest.raises(DataError, match="is not what evaluation writes"):
+        read_run(folder, dataset="other_val")
+    (folder / "inference" / "runs_val" / "lvis_instances_results.json").unlink()
+    with pytest.raises(MissingFileError, match="has no detections"):
+        read_run(folder, dataset="runs_val").detections()
+
+
+def test_pictures_of_odd_runs_are_drawn(tmp_path):
+    nan = float("nan")
+    for name, counts, before, after in (
+        ("none evaluated", [1, 2], [nan, nan], [nan, nan]),
+        ("one class, no instance", [0], [1.0], [2.0]),
+        ("no change", [5, 5000], [1.0, 2.0], [1.0, 2.0]),
+    ):
+        plot_class_ap_change(counts, before, after, ("a", "b"), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    plot_class_ap_change([3], [1.0], [2.0], ("a", "b"), tmp_path / "one_bin.png", ())
+    plot_winning_groups({"a": np.zeros((4, 6), int)}, THRESHOLDS, tmp_path / "zeros.png")
+
+
+def _tool(*arguments):
+    command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_tool_compares_two_runs(make_run, tmp_path):
+    first = make_run("one", [10.0, None, 30.0, 40.0])
+    second = make_run("two", [20.0, None, 25.0, 40.0])
+    config = tmp_path / "data.yaml"
+    config.write_text(
+        "DATASETS:\n  REGISTER:\n"
+        f'    - ["runs_val", "lvis", "{make_run.annotations}", "{tmp_path}"]\n'
+    )
+    out = tmp_path / "out"
+    done = _tool(first, second, "--output", out, "--config-file", config)
+    assert done.returncode == 0, done.stderr
+    assert "10.0" in done.stdout
+    assert {p.name for p in out.iterdir()} == {
+        "class_ap.png",
+        "class_ap.csv",
+        "ap_per_bin.png",
+        "winning_groups.png",
+        "winning_groups.csv",
+    }
+    rows = list(csv.reader(open(out / "winning_groups.csv")))
+    assert rows[1] == ["one", "0-9", "0", "0", "1", "0", "1", "0"]
+    without = _tool(first, second, "--output", out)
+    assert "'runs_val' of" in without.stderr
+    assert "add --config-file" in without.stderr
+    same = _tool(first, first, "--output", out)
+    assert "Both runs are named 'one'" in same.stderr
