@@ -153,7 +153,7 @@ def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "rank correlation" in done.stdout
-    rows = list(csv.DictReader(open(tmp_path / "out" / "weight_norms.csv")))
+    rows = list(csv.DictReader((tmp_path / "out" / "weight_norms.csv").read_text().splitlines()))
     assert [row["group"] for row in rows] == ["0-9", "10-99", "100-999", "1000+"]
     content = pickle.loads(paths[0].read_bytes())["model"]
     norms = np.linalg.norm(next(iter(content.values()))[:4], axis=1)

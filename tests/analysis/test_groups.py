@@ -41,15 +41,12 @@ def test_groups_share_out_classes_and_instances(counts):
 
 
 @given(COUNTS)
-def test_a_proposal_leaves_nothing_to_find_fault_with(counts):
+def test_proposed_groups_ascend_and_have_two_classes_or_more(counts):
     edges = propose_thresholds(counts)
     assert list(edges) == sorted(set(edges))
     assert len(edges) <= 3
     sizes = [len(g.classes) for g in summarize_groups(counts, edges)]
     assert not edges or min(sizes) >= 2
-    assert (
-        not any("empty" in f or "alone" in f for f in grouping_faults(counts, edges)) or not edges
-    )
 
 
 @pytest.mark.parametrize(
@@ -67,8 +64,7 @@ def test_proposals_are_round_numbers(counts, expected):
 
 
 def test_lvis_v1_gets_the_papers_edges_and_no_complaint():
-    counts = lvis_v1_counts()["instances"] if isinstance(lvis_v1_counts(), dict) else None
-    counts = counts if counts is not None else [r["instance_count"] for r in lvis_v1_counts()]
+    counts = lvis_v1_counts()["instance_count"]
     assert propose_thresholds(counts) == (10, 100, 1000)
     assert grouping_faults(counts, (10, 100, 1000)) == []
     assert [len(g.classes) for g in summarize_groups(counts, (10, 100, 1000))] == [

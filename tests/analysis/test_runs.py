@@ -17,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
+COLUMNS = [
+    "category_id",
+    "name",
+    "frequency",
+    "training_instances",
+    "validation_instances",
+    "AP",
+    "AP50",
+]
 
 
 def _iou(a, b):
@@ -32,9 +41,9 @@ def _slow_winning_groups(truth, detections):
     for obj in truth:
         best = None
         for det in detections:
-            if det["image_id"] == obj["image_id"] and _iou(det["bbox"], obj["bbox"]) >= 0.5:
-                if best is None or det["score"] > best["score"]:
-                    best = det
+            is_near = det["image_id"] == obj["image_id"] and _iou(det["bbox"], obj["bbox"]) >= 0.5
+            if is_near and (best is None or det["score"] > best["score"]):
+                best = det
         row = GROUP_OF[obj["category_id"]]
         if best is None:
             matrix[row, 5] += 1
@@ -90,17 +99,7 @@ def make_run(tmp_path, write_lvis, register):
         where.mkdir(parents=True)
         with open(where / f"per_class_{task}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                [
-                    "category_id",
-                    "name",
-                    "frequency",
-                    "training_instances",
-                    "validation_instances",
-                    "AP",
-                    "AP50",
-                ]
-            )
+            writer.writerow(COLUMNS)
             for (i, class_name), ap in zip(names.items(), aps, strict=True):
                 cell = "" if ap is None else ap
                 writer.writerow((i, class_name, "", COUNT_OF[i], 1, cell, cell))
@@ -194,7 +193,7 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
         "winning_groups.png",
         "winning_groups.csv",
     }
-    rows = list(csv.reader(open(out / "winning_groups.csv")))
+    rows = list(csv.reader((out / "winning_groups.csv").read_text().splitlines()))
     assert rows[1] == ["one", "0-9", "0", "0", "1", "0", "1", "0"]
     without = _tool(first, second, "--output", out)
     assert "'runs_val' of" in without.stderr
