@@ -12,8 +12,7 @@ from tabulate import tabulate
 from bags_d2 import BagsError, ConfigError
 from bags_d2.analysis.groups import bin_names
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import Run, read_run, winning_groups
-from bags_d2.engine import setup_cfg
+from bags_d2.analysis.runs import Run, read_run, register_data_sets, winning_groups
 
 LISTED = 5  # classes with the largest gains, and losses
 
@@ -30,13 +29,6 @@ def parse_args() -> argparse.Namespace:
         "--config-file", help="registers the data set; default: config.yaml of the first run"
     )
     return parser.parse_args()
-
-
-def register(args) -> None:
-    """Register what the run's config registers (DATASETS.REGISTER), for the ground truth."""
-    own = args.runs[0] / "config.yaml"
-    if args.config_file or own.is_file():
-        setup_cfg(argparse.Namespace(config_file=args.config_file or str(own), opts=[]))
 
 
 def check_comparable(first: Run, second: Run) -> None:
@@ -66,7 +58,7 @@ def describe(first: Run, second: Run) -> str:
 
 def main() -> None:
     args = parse_args()
-    register(args)
+    register_data_sets(args.runs[0], args.config_file)
     labels = args.labels or [None, None]
     first, second = (
         read_run(folder, label, args.dataset, args.task)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -17,6 +18,7 @@ __all__ = [
     "plot_ap_bins",
     "plot_class_ap_change",
     "plot_class_counts",
+    "plot_losses",
     "plot_methods",
     "plot_weight_norms",
     "plot_winning_groups",
@@ -260,6 +262,41 @@ def plot_winning_groups(
     figure.savefig(path, dpi=150)
 
 
+def plot_losses(
+    histories: Mapping[str, Mapping[str, Mapping[int, float]]], path: str | Path
+) -> None:
+    """Losses over the iterations, a panel for each loss and a line for each run.
+
+    Args:
+        histories: for each run, for each loss its value by iteration; nothing for a run that
+            logged none.
+        path: the picture to write.
+    """
+    names = sorted({name for history in histories.values() for name in history})
+    names.sort(key=lambda name: (name.startswith("bags/"), name != "total_loss"))
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 0.6 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        for i, (label, history) in enumerate(histories.items()):
+            if name in history:
+                iterations, values = zip(*sorted(history[name].items()), strict=True)
+                axes.plot(iterations, _running_median(values), color=_color(i), label=label)
+        axes.set_title(name, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("iteration", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(panels):
+        axes.set_visible(False)
+    handles = [
+        Line2D([], [], color=_color(i), label=label)
+        for i, (label, history) in enumerate(histories.items())
+        if history
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: str) -> None:
     """AP of each bin of training instances, and their mean, with one line for each method.
 
@@ -291,6 +328,14 @@ def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: s
     axes.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _running_median(values: Sequence[float], share: float = 0.05) -> np.ndarray:
+    """Median of each value's neighbourhood, a share of the whole wide."""
+    half = max(int(len(values) * share / 2), 1)
+    return np.array(
+        [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+    )
 
 
 def _color(i: int) -> str:

@@ -3,6 +3,7 @@
 Shapes: K classes, G groups by training count.
 """
 
+import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from detectron2.data import MetadataCatalog
 from pycocotools import mask as mask_util
 
 from ..data.json_files import load_json
+from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..evaluation.bins import bin_index
 
-__all__ = ["Run", "read_run", "winning_groups"]
+__all__ = ["Run", "read_run", "register_data_sets", "winning_groups"]
 
 RESULT_FILES = ("lvis_instances_results.json", "coco_instances_results.json")
 
@@ -132,6 +134,22 @@ def read_run(
             f"'{path}' or 'results.json' beside it is not what evaluation writes ({error!r}); "
             "evaluate again."
         ) from None
+
+
+def register_data_sets(folder: str | Path, config_file: str | None = None) -> None:
+    """Register what a run's config registers (``DATASETS.REGISTER``), to find its ground truth.
+
+    Args:
+        folder: the run's OUTPUT_DIR, whose ``config.yaml`` is read if there is one.
+        config_file: another config to take in its place.
+
+    Raises:
+        MissingFileError: if ``config_file`` does not exist.
+        ConfigError: if the config is faulty.
+    """
+    own = Path(folder) / "config.yaml"
+    if config_file or own.is_file():
+        setup_cfg(argparse.Namespace(config_file=config_file or str(own), opts=[]))
 
 
 def winning_groups(

@@ -18,13 +18,8 @@ COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
 COLUMNS = [
-    "category_id",
-    "name",
-    "frequency",
-    "training_instances",
-    "validation_instances",
-    "AP",
-    "AP50",
+    *("category_id", "name", "frequency"),
+    *("training_instances", "validation_instances", "AP", "AP50"),
 ]
 
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""One self-contained HTML page about one or several evaluated runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bags_d2 import BagsError, ConfigError
+from bags_d2.analysis.report import write_report
+from bags_d2.analysis.runs import read_run, register_data_sets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("--labels", nargs="+", help="default: the folders' names")
+    parser.add_argument("--dataset", help="if several were evaluated")
+    parser.add_argument("--task", choices=("bbox", "segm"), default="bbox")
+    parser.add_argument("--thresholds", type=int, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--output", type=Path, default=Path("output/report.html"))
+    parser.add_argument("--max-crops", type=int, default=1500, help="of images, in all")
+    parser.add_argument(
+        "--config-file", help="registers the data set; default: config.yaml of the first run"
+    )
+    args = parser.parse_args()
+    labels = args.labels or [None] * len(args.runs)
+    if len(labels) != len(args.runs):
+        raise ConfigError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")
+    register_data_sets(args.runs[0], args.config_file)
+    runs = [
+        read_run(folder, label, args.dataset, args.task)
+        for folder, label in zip(args.runs, labels, strict=True)
+    ]
+    write_report(runs, args.output, args.thresholds, args.max_crops)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BagsError as error:
+        sys.exit(f"Error: {error}")
