@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import DataError, MissingFileError
 
-__all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights"]
+__all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights", "read_tensor"]
 
 TRUST_VARIABLE = "BAGS_D2_TRUST_CHECKPOINTS"
 
@@ -76,6 +76,22 @@ def read_model_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise DataError(
             f"'{os.fspath(path)}' is not a checkpoint: 'model' must map names to tensors ({error})."
         ) from None
+
+
+def read_tensor(path: str | os.PathLike) -> torch.Tensor:
+    """One tensor, as ``torch.save`` writes it.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it holds anything else.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise MissingFileError(f"'{name}' does not exist.")
+    content = _read_torch(name, name)
+    if not isinstance(content, torch.Tensor):
+        raise DataError(f"'{name}' must hold a tensor, found {type(content).__name__}.")
+    return content
 
 
 def _read_torch(local: str, name: str) -> Any:

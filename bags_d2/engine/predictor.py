@@ -137,8 +137,10 @@ def _training_counts(cfg: CfgNode, model, record: ClassRecord) -> torch.Tensor |
     if record.training_instances is not None:
         return torch.tensor(record.training_instances)
     for module in model.modules():
-        known = isinstance(module, ClassGroups | ClassCounts) and module.is_determined
-        if known and cfg.MODEL.BAGS.COUNT_BY == "instances":
+        counted = isinstance(module, ClassGroups | ClassCounts) and bool(
+            (module.class_counts >= 0).all()
+        )
+        if counted and cfg.MODEL.BAGS.COUNT_BY == "instances":
             return module.class_counts.cpu()
     counts = ClassRecord.of_training_set(cfg).training_instances
     return None if counts is None else torch.tensor(counts)

@@ -1,0 +1,233 @@
+"""Checkpoints of the BAGS authors' code (mmdetection 1.x) in this package's terms.
+
+Names, the place of the background class and the order of grouped logits differ; the numbers are
+taken as they are. What no renaming can carry over (colour order, RoIAlign, anchors, ...) is in
+``configs/mmdet/Base-mmdet.yaml`` and docs/mmdet_checkpoints.md.
+
+Shapes: K foreground classes, G foreground groups, C = K + G + 2 logits.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import DataError
+from ..modeling.groups import ClassGroups
+
+__all__ = ["GroupLayout", "convert_state_dict"]
+
+_BOTTOM_UP = "backbone.bottom_up."
+_RPN = "proposal_generator.rpn_head."
+# Patterns of whole names. A cascade's stage is the number after "bbox_head.".
+_RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    (r"backbone\.conv1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.\1"),
+    (r"backbone\.bn1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.norm.\1"),
+    (r"backbone\.layer(\d)\.(\d+)\.conv(\d)\.(\w+)", lambda m: _block(m, f"conv{m[3]}.{m[4]}")),
+    (r"backbone\.layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: _block(m, f"conv{m[3]}.norm.{m[4]}")),
+    (r"backbone\.layer(\d)\.(\d+)\.downsample\.0\.(\w+)", lambda m: _block(m, f"shortcut.{m[3]}")),
+    (
+        r"backbone\.layer(\d)\.(\d+)\.downsample\.1\.(\w+)",
+        lambda m: _block(m, f"shortcut.norm.{m[3]}"),
+    ),
+    (
+        r"neck\.lateral_convs\.(\d)\.conv\.(\w+)",
+        lambda m: f"backbone.fpn_lateral{_up(m[1], 2)}.{m[2]}",
+    ),
+    (r"neck\.fpn_convs\.(\d)\.conv\.(\w+)", lambda m: f"backbone.fpn_output{_up(m[1], 2)}.{m[2]}"),
+    (r"rpn_head\.rpn_conv\.(\w+)", rf"{_RPN}conv.\1"),
+    (r"rpn_head\.rpn_cls\.(\w+)", rf"{_RPN}objectness_logits.\1"),
+    (r"rpn_head\.rpn_reg\.(\w+)", rf"{_RPN}anchor_deltas.\1"),
+    (
+        r"bbox_head\.((?:\d\.)?)shared_fcs\.(\d)\.(\w+)",
+        lambda m: f"roi_heads.box_head.{m[1]}fc{_up(m[2], 1)}.{m[3]}",
+    ),
+    (r"bbox_head\.((?:\d\.)?)fc_cls\.(\w+)", r"roi_heads.box_predictor.\1cls_score.\2"),
+    (r"bbox_head\.((?:\d\.)?)fc_reg\.(\w+)", r"roi_heads.box_predictor.\1bbox_pred.\2"),
+    (
+        r"mask_head\.convs\.(\d)\.conv\.(\w+)",
+        lambda m: f"roi_heads.mask_head.mask_fcn{_up(m[1], 1)}.{m[2]}",
+    ),
+    (r"mask_head\.upsample\.(\w+)", r"roi_heads.mask_head.deconv.\1"),
+    (r"mask_head\.conv_logits\.(\w+)", r"roi_heads.mask_head.predictor.\1"),
+)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Order of the authors' grouped logits, and the class groups that it is of.
+
+    Attributes:
+        groups: the class groups in this package's order.
+        columns: long tensor (C,), for each of this package's logits the place of the authors'.
+    """
+
+    groups: ClassGroups
+    columns: torch.Tensor
+
+    @classmethod
+    def from_files(
+        cls,
+        label2binlabel: torch.Tensor,
+        pred_slice: torch.Tensor,
+        thresholds: tuple[int, ...],
+        class_counts: torch.Tensor | None = None,
+    ) -> "GroupLayout":
+        """The layout that the authors' intermediate files describe.
+
+        Args:
+            label2binlabel: (G + 1, K + 1), for each bin the label in it of each class, background
+                first; 0 is "others" and, in the first bin, background.
+            pred_slice: (G + 1, 2), first logit and number of logits of each bin.
+            thresholds: edges of the groups.
+            class_counts: K training instances; None if they are not at hand.
+
+        Raises:
+            DataError: if the files contradict each other, the thresholds or the counts.
+        """
+        bins = label2binlabel.shape[0] if label2binlabel.dim() == 2 else 0
+        if bins != len(thresholds) + 2 or pred_slice.shape != (bins, 2):
+            raise DataError(
+                f"label2binlabel {tuple(label2binlabel.shape)} and pred_slice "
+                f"{tuple(pred_slice.shape)} are not of {len(thresholds) + 1} groups and a bin "
+                "before them (MODEL.BAGS.GROUP_THRESHOLDS)."
+            )
+        slots = label2binlabel[1:, 1:].long()  # (G, K)
+        first_bin = label2binlabel[0]
+        if (
+            not bool(((slots > 0).sum(dim=0) == 1).all())
+            or bool(label2binlabel[:, 0].any())
+            or not bool((first_bin[1:] == 1).all())
+        ):
+            raise DataError(
+                "label2binlabel must put every class into one bin, after a first of two."
+            )
+        class_to_group = slots.argmax(dim=0) + 1
+        counts = torch.full_like(class_to_group, -1) if class_counts is None else class_counts
+        groups = ClassGroups(class_to_group, counts, thresholds)
+        starts, lengths = pred_slice.long().unbind(dim=1)
+        if lengths.tolist() != list(groups.widths):
+            raise DataError(
+                f"pred_slice has bins of {lengths.tolist()} logits, label2binlabel of "
+                f"{list(groups.widths)}."
+            )
+        if class_counts is not None:
+            _check_counts(groups, class_counts, thresholds)
+        columns = torch.full((groups.num_logits,), -1)
+        columns[0], columns[1] = starts[0], starts[0] + 1
+        for group, columns_of_group in enumerate(groups.group_slices[1:]):
+            columns[columns_of_group.start] = starts[group + 1]
+        of_class = slots.gather(0, (class_to_group - 1)[None])[0]
+        columns[groups.class_to_column] = starts[class_to_group] + of_class
+        if sorted(columns.tolist()) != list(range(groups.num_logits)):
+            raise DataError("pred_slice and label2binlabel do not share out all logits.")
+        return cls(groups, columns)
+
+    @classmethod
+    def from_counts(cls, class_counts: torch.Tensor, thresholds: tuple[int, ...]) -> "GroupLayout":
+        """The layout that the authors' scripts would make of training counts.
+
+        It is this package's: "others" first in each group, then its classes by category id.
+        """
+        groups = ClassGroups.from_counts(class_counts, thresholds)
+        return cls(groups, torch.arange(groups.num_logits))
+
+
+def convert_state_dict(
+    weights: Mapping[str, torch.Tensor], num_classes: int, layout: GroupLayout | None = None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Rename and reorder the weights of a checkpoint of the authors.
+
+    Args:
+        weights: their ``state_dict``, of Faster, Mask or Cascade R-CNN with ResNet or ResNeXt.
+        num_classes: K.
+        layout: order of the grouped logits; None for a softmax baseline.
+
+    Returns:
+        The weights, with the class groups of each box predictor, and the names that were left
+        out: counters of BatchNorm, which do nothing in a detector whose statistics are frozen.
+
+    Raises:
+        DataError: if a name is not known, or a classifier has another width.
+    """
+    converted, left_out = {}, []
+    for name, tensor in weights.items():
+        name = name.removeprefix("module.")
+        if name.endswith("num_batches_tracked"):
+            left_out.append(name)
+            continue
+        target = _rename(name)
+        converted[target] = _reorder(target, torch.as_tensor(tensor), num_classes, layout)
+    if layout is not None:
+        for name in [n for n in converted if n.endswith("cls_score.weight")]:
+            prefix = name.removesuffix("cls_score.weight")
+            for key, value in layout.groups.state_dict().items():
+                converted[f"{prefix}groups.{key}"] = value.clone()
+    return converted, left_out
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement) if isinstance(replacement, str) else replacement(match)
+    raise DataError(
+        f"'{name}' is no part of a Faster, Mask or Cascade R-CNN of mmdetection 1.x; hybrid task "
+        "cascades, cascades with masks and deformable convolution cannot be converted."
+    )
+
+
+def _block(match: re.Match, rest: str) -> str:
+    return f"{_BOTTOM_UP}res{_up(match[1], 1)}.{match[2]}.{rest}"
+
+
+def _up(number: str, by: int) -> int:
+    return int(number) + by
+
+
+def _reorder(
+    name: str, tensor: torch.Tensor, num_classes: int, layout: GroupLayout | None
+) -> torch.Tensor:
+    """Rows of classifiers, class-specific boxes and masks in this package's order."""
+    if ".cls_score." in name:
+        expected = num_classes + 1 if layout is None else layout.groups.num_logits
+        if len(tensor) != expected:
+            raise DataError(
+                f"The classifier has {len(tensor)} logits where {expected} were expected; is the "
+                "config (BAGS or baseline, MODEL.ROI_HEADS.NUM_CLASSES) that of the checkpoint?"
+            )
+        if layout is not None:
+            return tensor[layout.columns]
+        return torch.cat([tensor[1:], tensor[:1]])  # background goes last
+    if ".bbox_pred." in name and len(tensor) != 4:
+        return _without_background(tensor, num_classes, 4, name)
+    if ".mask_head.predictor." in name:
+        return _without_background(tensor, num_classes, 1, name)
+    return tensor
+
+
+def _without_background(
+    tensor: torch.Tensor, num_classes: int, rows: int, name: str
+) -> torch.Tensor:
+    """Background's rows come first, and are never used."""
+    if len(tensor) != rows * (num_classes + 1):
+        raise DataError(
+            f"'{name}' has {len(tensor)} rows where {rows * (num_classes + 1)} were expected."
+        )
+    return tensor[rows:]
+
+
+def _check_counts(groups: ClassGroups, class_counts: torch.Tensor, thresholds) -> None:
+    expected = ClassGroups.from_counts(class_counts, thresholds).class_to_group
+    if expected.shape != groups.class_to_group.shape:
+        raise DataError(
+            f"label2binlabel is of {groups.num_classes} classes, the training counts of "
+            f"{len(class_counts)}."
+        )
+    differ = int((expected != groups.class_to_group).sum())
+    if differ:
+        raise DataError(
+            f"label2binlabel groups {differ} classes otherwise than the training counts; are they "
+            "of the same data set?"
+        )
