@@ -4,6 +4,7 @@
 import argparse
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--counts", help="a JSON list of counts, or {class name: count}")
     parser.add_argument("--thresholds", type=int, nargs="*", help="edges; default: the config's")
     parser.add_argument("--by", choices=("instances", "images"), help="default: the config's")
-    parser.add_argument("--output", help="draw the curve of counts to this .png or .svg")
+    parser.add_argument("--output", type=Path, help="draw the curve of counts to this .png or .svg")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE")
     return parser.parse_args()
 
@@ -97,6 +98,9 @@ def main() -> None:
     counts, names, thresholds, by = load(args)
     print(describe(counts, names, thresholds, by))
     if args.output:
+        if args.output.suffix not in (".pdf", ".png", ".svg"):
+            raise ConfigError(f"--output '{args.output}' must end in .png, .svg or .pdf.")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         plot_class_counts(np.array(counts), thresholds, args.output, by)
         print(f"The curve is in {args.output}.")
 
