@@ -162,7 +162,7 @@ def test_own_data_from_the_json_to_the_pictures(own_project):
     }
     assert len(printed) == 6
     groups = next(out for command, out in printed.items() if "show_groups" in command)
-    assert "1 classes have none, so they cannot be learned: washer" in groups
+    assert "1 class has none and cannot be learned: washer" in groups
     assert "GROUP_THRESHOLDS" in groups  # no class has 1000 instances: others are proposed
     out = own_project / "output"
     results = json.loads((out / "mine_bags" / "inference" / "results.json").read_text())

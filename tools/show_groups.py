@@ -78,7 +78,7 @@ def describe(counts, names, thresholds, by) -> str:
     if empty:
         more = f", and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
         parts.append(
-            f"{len(empty)} classes have none, so they cannot be learned: "
+            f"{len(empty)} {'class has' if len(empty) == 1 else 'classes have'} none and cannot be learned: "
             f"{', '.join(empty[:SHOWN])}{more}"
         )
     faults = grouping_faults(counts, thresholds)

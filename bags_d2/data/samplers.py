@@ -16,7 +16,13 @@ from torch.utils.data import Sampler
 from ..errors import ConfigError, DataError
 from .class_counts import training_class_counts
 
-__all__ = ["OWN_SAMPLERS", "EpochSampler", "class_balanced_order", "epoch_order", "repeated_order"]
+__all__ = [
+    "EPOCH_SAMPLERS",
+    "EpochSampler",
+    "class_balanced_order",
+    "epoch_order",
+    "repeated_order",
+]
 
 EpochOrder = Callable[[torch.Generator], torch.Tensor]
 
@@ -27,7 +33,8 @@ EpochOrder = Callable[[torch.Generator], torch.Tensor]
 #   it is done; here such images keep the annotations of all their classes.
 CLASS_BALANCED = "ClassBalancedTrainingSampler"
 TAIL = "TailTrainingSampler"
-OWN_SAMPLERS = (CLASS_BALANCED, TAIL)
+# All whose epochs are known here; Detectron2 has others, whose order its own loader decides.
+EPOCH_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", CLASS_BALANCED, TAIL)
 
 
 class EpochSampler(Sampler):
@@ -44,9 +51,11 @@ class EpochSampler(Sampler):
         """
         self.order = order
         self.seed = comm.shared_random_seed() if seed is None else seed
+        # Asked now: iteration takes place in the loader's worker processes.
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._stream(), comm.get_rank(), None, comm.get_world_size())
+        yield from itertools.islice(self._stream(), self.rank, None, self.world_size)
 
     def _stream(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -87,10 +96,9 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
             )
         images = torch.tensor(images)
         return lambda generator: images[torch.randperm(len(images), generator=generator)]
-    known = ("TrainingSampler", "RepeatFactorTrainingSampler", *OWN_SAMPLERS)
     raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is '{name}', which is none of {', '.join(known)}; set it to one "
-        "of these, or train with train_net.py."
+        f"DATALOADER.SAMPLER_TRAIN is '{name}', which is none of {', '.join(EPOCH_SAMPLERS)}; set "
+        "it to one of these."
     )
 
 

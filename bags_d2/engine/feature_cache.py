@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
@@ -40,7 +39,9 @@ from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..data.loader import NamingDatasetMapper
 from ..errors import ConfigError, DataError, MissingFileError
+from ..seeding import seed_generators
 from .checkpoint import LongTailCheckpointer
 from .trainer import BAGSTrainer
 
@@ -431,7 +432,7 @@ def _extract_shards(cfg, model, records, shards: list[_Shard], settings: CacheSe
     batches = [shard.batches(settings.images_per_batch) for shard in shards]
     inputs = iter(
         DataLoader(
-            _Images(records, DatasetMapper(cfg, is_train=True)),
+            _Images(records, NamingDatasetMapper(cfg, is_train=True)),
             batch_sampler=[keys for of_shard in batches for keys in of_shard],
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
@@ -456,20 +457,6 @@ def _extract_shards(cfg, model, records, shards: list[_Shard], settings: CacheSe
                     rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
                 progress.update(len(keys))
             shard.write(rois)
-
-
-def seed_generators(seed: int, device: str = "cpu") -> None:
-    """Seed the global random generators, torch's for the CPU and one kind of device.
-
-    ``torch.manual_seed`` remembers a call, with its traceback, for every kind of device that is
-    not in use. Over a seed for each image or step that takes half a millisecond and never frees
-    its memory.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - augmentations of Detectron2 draw from it
-    torch.default_generator.manual_seed(seed)
-    if device == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def _seed(*parts) -> int:

@@ -20,11 +20,11 @@ from torch import nn
 from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
 from ..errors import ConfigError, DataError
+from ..seeding import seed_generators, step_seed
 from .feature_cache import (
     FeatureCache,
     first_difference,
     load_frozen_detector,
-    seed_generators,
     select_config,
     training_records,
 )
@@ -163,7 +163,7 @@ class CachedBatches:
         """View and image of every sample from a given one on."""
         generator = torch.Generator()
         for epoch in itertools.count():
-            generator.manual_seed(_step_seed(self.seed, epoch))
+            generator.manual_seed(step_seed(self.seed, epoch))
             order = self.order(generator).tolist()
             for image in order[start:]:
                 yield epoch % self.cache.settings.views, image
@@ -244,7 +244,7 @@ class _Progress(HookBase):
 
     def before_step(self) -> None:
         # The predictor may draw from the global generators, BAGS its "others" among them.
-        seed_generators(_step_seed(self.seed, self.trainer.iter), self.device)
+        seed_generators(step_seed(self.seed, self.trainer.iter), self.device)
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
@@ -269,10 +269,6 @@ def _batch_sizes(cfg: CfgNode) -> tuple[int, int]:
 
 def _seed_of(cfg: CfgNode) -> int:
     return max(cfg.SEED, 0)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return seed * 1_000_003 + step
 
 
 def _save(content: dict, path: Path) -> None:

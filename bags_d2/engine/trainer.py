@@ -11,12 +11,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     MetadataCatalog,
+    build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     TrainerBase,
     create_ddp_model,
@@ -28,12 +29,13 @@ from torch import nn
 
 from ..data.class_counts import training_class_counts
 from ..data.class_record import ClassRecord
-from ..data.samplers import OWN_SAMPLERS, EpochSampler, epoch_order
+from ..data.loader import NamingDatasetMapper, build_resumable_loader
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
+from ..seeding import seed_generators, step_seed
 from .checkpoint import LongTailCheckpointer
 from .frozen import skip_frozen_parts
 from .optimizer import clip_full_model
@@ -42,6 +44,13 @@ from .trainable import freeze_norm_statistics, select_trainable_params
 __all__ = ["BAGSTrainer"]
 
 logger = logging.getLogger(__name__)
+
+# Detectron2's further samplers. Their order cannot be resumed.
+_OTHER_SAMPLERS = (
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
 
 
 class BAGSTrainer(DefaultTrainer):
@@ -96,18 +105,39 @@ class BAGSTrainer(DefaultTrainer):
             logger.info("Class groups by training count: %s", groups)
         return model
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As the parent's; the data go on where the checkpoint's run has had them."""
+        super().resume_or_load(resume=resume)
+        if self.start_iter > 0:
+            self._trainer.reset_data_loader(
+                lambda: self.build_train_loader(self.cfg, self.start_iter)
+            )
+
+    def build_hooks(self):
+        """The parent's, after one that seeds every step (unless ``SEED`` is negative)."""
+        seeding = [_SeededSteps(self.cfg)] if self.cfg.SEED >= 0 else []
+        return [*seeding, *super().build_hooks()]
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader, with the samplers of ``data/samplers.py`` as well."""
-        if cfg.DATALOADER.SAMPLER_TRAIN not in OWN_SAMPLERS:
-            return super().build_train_loader(cfg)
-        records = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-        sampler = EpochSampler(epoch_order(cfg, records))
-        return build_detection_train_loader(cfg, dataset=records, sampler=sampler)
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
+        """Detectron2's loader, resumable, and with the samplers of ``data/samplers.py`` as well.
+
+        Args:
+            cfg: the config.
+            start_iter: batches that training has had.
+
+        Raises:
+            ConfigError: if there is no such sampler.
+        """
+        if cfg.DATALOADER.SAMPLER_TRAIN in _OTHER_SAMPLERS:
+            return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, True))
+        return build_resumable_loader(cfg, start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's loader, with errors that name the image."""
+        mapper = NamingDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -204,6 +234,17 @@ class BAGSTrainer(DefaultTrainer):
             cfg, GeneralizedRCNNWithTTA(cfg, model), output_folder=f"{cfg.OUTPUT_DIR}/inference_TTA"
         )
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+class _SeededSteps(HookBase):
+    """Makes the random numbers of a step a function of its number."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.seed = cfg.SEED
+        self.device = torch.device(cfg.MODEL.DEVICE).type
+
+    def before_step(self) -> None:
+        seed_generators(step_seed(self.seed, self.trainer.iter, comm.get_rank()), self.device)
 
 
 def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:

@@ -100,7 +100,7 @@ def test_the_tool_on_a_file_of_any_ids_and_names(write_lvis, tmp_path):
     done = run("--json", path, "--output", tmp_path / "groups.png")
     assert done.returncode == 0, done.stderr
     assert "bee (3) | cat (40)" in done.stdout
-    assert "1 classes have none, so they cannot be learned: ant" in done.stdout
+    assert "1 class has none and cannot be learned: ant" in done.stdout
     assert "No class has 100-999" in done.stdout
     assert "MODEL.BAGS.GROUP_THRESHOLDS '(10,)'  (groups of 2, 2 classes)" in done.stdout
     assert (tmp_path / "groups.png").stat().st_size > 1000

@@ -1,0 +1,209 @@
+"""Loading of training images: errors that name the file, and a stream that can be resumed.
+
+The stream of samples is a function of a seed. Sample number p of a process is drawn, augmented and
+put into a batch in the same way whether training has run up to it or was resumed before it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import DataError, MissingFileError
+from ..seeding import isolated_generators, step_seed
+from .samplers import EpochOrder, EpochSampler, epoch_order
+
+__all__ = ["NamingDatasetMapper", "ResumableSampler", "build_resumable_loader"]
+
+# Pillow's conversion to 8 bits clips these to white without a word.
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_SEED_KEY = "sample_seed"
+
+
+class NamingDatasetMapper(DatasetMapper):
+    """``DatasetMapper`` whose errors name the image, and whose choices follow a sample's seed."""
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """As the parent's.
+
+        Raises:
+            MissingFileError: if the image does not exist.
+            DataError: if it is damaged, of another size than annotated, or deeper than 8 bits.
+        """
+        dataset_dict = dict(dataset_dict)
+        seed = dataset_dict.pop(_SEED_KEY, None)
+        path = dataset_dict["file_name"]
+        try:
+            _check_depth(path)
+            if seed is None:
+                return super().__call__(dataset_dict)
+            with isolated_generators(seed):
+                return super().__call__(dataset_dict)
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"Image '{path}' does not exist; restore it, or correct the data set's folder of "
+                "images."
+            ) from None
+        except SizeMismatchError as error:
+            raise DataError(f"{str(error).rstrip('.')} ('{path}').") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"Image '{path}' cannot be read ({error}); restore it, or leave it out of the "
+                "annotations."
+            ) from None
+
+
+def build_resumable_loader(cfg: CfgNode, start_iter: int = 0):
+    """Detectron2's training loader, going on after so many batches of each process.
+
+    Args:
+        cfg: the config; a negative ``SEED`` draws a common one for all processes.
+        start_iter: batches that training has had. The stream is that of the run that had them if
+            seed, data, batch size, number of processes and ``DATALOADER`` are the same.
+
+    Raises:
+        ConfigError, DataError: if the sampler is unknown, or has nothing to draw.
+    """
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
+    is_wide = [record["width"] > record["height"] for record in records]
+    sampler = ResumableSampler(
+        epoch_order(cfg, records),
+        len(records),
+        seed,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        bucket_of=is_wide.__getitem__ if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        start_iter=start_iter,
+    )
+    return build_detection_train_loader(
+        cfg,
+        dataset=_SeededRecords(records, seed),
+        sampler=sampler,
+        mapper=NamingDatasetMapper(cfg, is_train=True),
+        seed=seed,  # of the workers, which would else draw it from a step's random numbers
+    )
+
+
+class ResumableSampler(Sampler):
+    """Endless sampler that can start where a data loader has had a number of batches.
+
+    A sample is one whole number, since Detectron2's loader takes no other: its number in the
+    stream of all processes, times the number of images, plus the position of its image.
+
+    Detectron2's loader deals a sampler's stream out to its worker processes in chunks of a batch,
+    collects from them in turn, and (with ``bucket_of``) batches wide and high images apart. So
+    which samples are in the batches that were had, and which wait for their batch to fill, follows
+    from the stream; those that wait go first.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        num_images: int,
+        seed: int,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        bucket_of: Callable[[int], object] | None = None,
+        start_iter: int = 0,
+    ) -> None:
+        """
+        Args:
+            order: positions of an epoch's images.
+            num_images: of the data set.
+            seed: of the stream; the same in all processes.
+            batch_size: images of a batch of one process.
+            num_workers: worker processes of the loader.
+            bucket_of: images of which the loader batches together, by position; None for all.
+            start_iter: batches that this process has had.
+        """
+        self.stream = EpochSampler(order, seed)
+        self.num_images = num_images
+        # Asked now: iteration takes place in the loader's worker processes.
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
+        self.batch_size = batch_size
+        # Without buckets a worker's chunk is a batch, and batches come in the stream's order.
+        self.num_columns = max(num_workers, 1) if bucket_of else 1
+        self.bucket_of = bucket_of or (lambda _: None)
+        self.start_iter = start_iter
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = itertools.count(self.rank, self.world_size)
+        samples = (
+            number * self.num_images + image
+            for number, image in zip(numbers, self.stream, strict=False)
+        )
+        if self.start_iter == 0:
+            yield from samples
+            return
+        collected = _transposed(samples, self.num_columns, self.batch_size)
+        waiting = self._skip(collected)
+        going_on = itertools.chain(waiting, collected)
+        yield from _transposed(going_on, self.batch_size, self.num_columns)
+
+    def _skip(self, collected: Iterator[int]) -> list[int]:
+        """Take the samples of the batches that were had; return those that wait for others."""
+        buckets: dict[object, list[int]] = {}
+        left = self.start_iter
+        while left:
+            sample = next(collected)
+            bucket = buckets.setdefault(self.bucket_of(sample % self.num_images), [])
+            bucket.append(sample)
+            if len(bucket) == self.batch_size:
+                bucket.clear()
+                left -= 1
+        return list(itertools.chain.from_iterable(buckets.values()))
+
+
+class _SeededRecords(Dataset):
+    """Records with the seed of the sample that they are drawn for."""
+
+    def __init__(self, records: Sequence[dict], seed: int) -> None:
+        self.records = DatasetFromList(records, copy=False)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, sample: int) -> dict:
+        number, image = divmod(sample, len(self.records))
+        return {**self.records[image], _SEED_KEY: step_seed(self.seed, number)}
+
+
+def _transposed(stream: Iterator, rows: int, columns: int) -> Iterator:
+    """Read blocks of rows x columns row by row, and give them column by column."""
+    if min(rows, columns) == 1:
+        yield from stream
+        return
+    while block := list(itertools.islice(stream, rows * columns)):
+        for column in range(columns):
+            yield from block[column::columns]
+
+
+def _check_depth(path: str) -> None:
+    # Only the header is read, and of formats that can be so deep.
+    if path.lower().endswith((".png", ".tif", ".tiff", ".pgm")):
+        with Image.open(path) as image:
+            mode = image.mode
+        if mode in _DEEP_MODES:
+            raise DataError(
+                f"Image '{path}' has more than 8 bits a channel (mode {mode}); convert it to 8."
+            )

@@ -1,0 +1,185 @@
+"""Training images: a stream that goes on where it was left, and errors that name the file."""
+
+import contextlib
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
+from PIL import Image
+
+from bags_d2 import DataError, MissingFileError
+from bags_d2.data.loader import NamingDatasetMapper, ResumableSampler, build_resumable_loader
+from bags_d2.seeding import isolated_generators
+
+NUM_IMAGES = 23
+WIDE = [i % 3 == 0 for i in range(NUM_IMAGES)]
+
+
+class _Images(torch.utils.data.Dataset):
+    """Image i is told by its number in the stream and its shape."""
+
+    def __len__(self):
+        return NUM_IMAGES
+
+    def __getitem__(self, sample):
+        image = int(sample) % NUM_IMAGES
+        return {"sample": int(sample), "width": 2 if WIDE[image] else 1, "height": 1.5}
+
+
+def _order(generator):
+    return torch.randperm(NUM_IMAGES, generator=generator)
+
+
+def _batches(num_workers, batch_size, grouped, start, count):
+    """Batches that Detectron2's loader makes of the sampler."""
+    sampler = ResumableSampler(
+        _order,
+        NUM_IMAGES,
+        seed=3,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        bucket_of=WIDE.__getitem__ if grouped else None,
+        start_iter=start,
+    )
+    loader = build_detection_train_loader(
+        _Images(),
+        mapper=None,
+        sampler=sampler,
+        total_batch_size=batch_size,
+        aspect_ratio_grouping=grouped,
+        num_workers=num_workers,
+    )
+    return [[d["sample"] for d in batch] for batch in itertools.islice(loader, count)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_resumed_stream_is_the_rest_of_the_whole(grouped, num_workers, batch_size):
+    whole = _batches(num_workers, batch_size, grouped, 0, 30)
+    assert len({s for batch in whole for s in batch}) == 30 * batch_size  # no sample twice
+    for start in (1, 7, 20) if num_workers else range(30):
+        resumed = _batches(num_workers, batch_size, grouped, start, 30 - start)
+        assert resumed == whole[start:], start
+    if grouped:
+        assert all(len({WIDE[s % NUM_IMAGES] for s in batch}) == 1 for batch in whole)
+
+
+def test_every_epoch_has_every_image():
+    sampler = iter(ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2))
+    for epoch in range(3):
+        samples = list(itertools.islice(sampler, NUM_IMAGES))
+        assert sorted(s % NUM_IMAGES for s in samples) == list(range(NUM_IMAGES))
+        numbers = [s // NUM_IMAGES for s in samples]
+        assert numbers == list(range(epoch * NUM_IMAGES, (epoch + 1) * NUM_IMAGES))
+
+
+def test_processes_share_the_stream(monkeypatch):
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        sampler = ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2)
+        shares.append(list(itertools.islice(sampler, 2 * NUM_IMAGES)))
+    monkeypatch.undo()
+    alone = ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2)
+    whole = list(itertools.islice(alone, 4 * NUM_IMAGES))
+    assert [s for pair in zip(*shares, strict=True) for s in pair] == whole
+
+
+def test_the_reference_is_detectron2s_loader():
+    # What the test above compares with itself: that its batches are made by these classes.
+    sampler = ResumableSampler(_order, NUM_IMAGES, 3, batch_size=2, bucket_of=WIDE.__getitem__)
+    grouped = AspectRatioGroupedDataset(ToIterableDataset(_Images(), sampler), 2)
+    expected = [[d["sample"] for d in batch] for batch in itertools.islice(grouped, 9)]
+    assert _batches(0, 2, True, 0, 9) == expected
+
+
+def test_samples_are_augmented_alike_before_and_after(tiny_cfg, datasets_root, register):
+    folder = datasets_root / "glyphs_tiny"
+    path = str(folder / "annotations" / "glyphs_tiny_train.json")
+    name = register("loader_train", path, str(folder))
+    cfg = tiny_cfg(
+        *("DATASETS.TRAIN", (name,), "INPUT.RANDOM_FLIP", "horizontal", "SEED", 5),
+        *("INPUT.MIN_SIZE_TRAIN", (48, 64, 80, 96), "SOLVER.IMS_PER_BATCH", 2),
+        *("DATALOADER.NUM_WORKERS", 0),
+    )
+    whole = list(itertools.islice(build_resumable_loader(cfg), 8))
+    torch.rand(5)  # what else draws does not matter
+    resumed = list(itertools.islice(build_resumable_loader(cfg, 5), 3))
+    for ours, theirs in zip(resumed, whole[5:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["file_name"] == b["file_name"]
+            assert torch.equal(a["image"], b["image"])
+    sizes = {d["image"].shape[1:] for batch in whole for d in batch}
+    assert len(sizes) > 1  # there was something to draw
+    state = torch.get_rng_state()
+    next(iter(build_resumable_loader(cfg, 1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_isolated_generators_leave_no_trace():
+    def draw():
+        return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+    with isolated_generators(7):
+        first = draw()
+    torch_state = torch.get_rng_state()
+    with isolated_generators(7):
+        assert draw() == first
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    with contextlib.suppress(KeyError), isolated_generators(7):
+        raise KeyError(draw())
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.fixture
+def load(tiny_cfg, tmp_path):
+    """``load(image, name)``: what the mapper makes of a picture that is annotated as 30 x 20."""
+    mapper = NamingDatasetMapper(tiny_cfg("INPUT.RANDOM_FLIP", "none"), is_train=True)
+
+    def run(image, name="x.png", damage=lambda data: data):
+        path = tmp_path / name
+        if image is not None:
+            image.save(path)
+            path.write_bytes(damage(path.read_bytes()))
+        record = {"file_name": str(path), "height": 20, "width": 30, "annotations": []}
+        return mapper(record)
+
+    return run
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_8_bit_images_of_any_kind_are_read(load, mode):
+    name = "x.tif" if mode == "CMYK" else "x.png"
+    image = load(PICTURE.convert(mode), name)["image"]
+    assert image.shape[0] == 3
+    assert image.float().std() > 10
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deeper_images_are_refused_instead_of_clipped(load, mode):
+    deep = Image.fromarray(np.full((20, 30), 4000, dtype=np.uint16))
+    with pytest.raises(DataError, match=r"x\.tif' has more than 8 bits a channel"):
+        load(deep if mode == "I;16" else deep.convert(mode), "x.tif")
+
+
+def test_damaged_and_missing_images_are_named(load):
+    with pytest.raises(MissingFileError, match=r"x\.png' does not exist"):
+        load(None)
+    for name in ("x.png", "x.jpg", "x.webp"):
+        for damage in (lambda d: d[: len(d) // 2], lambda d: b"", lambda d: b"<html>404</html>"):
+            with pytest.raises(DataError, match=rf"Image '.*{name}' cannot be read"):
+                load(PICTURE, name, damage)
+
+
+def test_an_image_of_another_size_is_named(load):
+    with pytest.raises(DataError, match=r"got \(10, 10\), expect \(30, 20\).*x\.png'"):
+        load(PICTURE.resize((10, 10)))
