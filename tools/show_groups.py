@@ -77,9 +77,9 @@ def describe(counts, names, thresholds, by) -> str:
     empty = [n for n, c in zip(names, counts, strict=True) if c == 0]
     if empty:
         more = f", and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+        have = "class has" if len(empty) == 1 else "classes have"
         parts.append(
-            f"{len(empty)} {'class has' if len(empty) == 1 else 'classes have'} none and cannot be learned: "
-            f"{', '.join(empty[:SHOWN])}{more}"
+            f"{len(empty)} {have} none and cannot be learned: {', '.join(empty[:SHOWN])}{more}"
         )
     faults = grouping_faults(counts, thresholds)
     parts += [f"Warning: {fault}" for fault in faults]
