@@ -2,15 +2,15 @@
 """Train or evaluate a detector of bags_d2; flags are those of Detectron2's own train_net.py."""
 
 import functools
-import sys
 
 from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bags_d2 import BagsError, BAGSTrainer
+from bags_d2 import BAGSTrainer
 from bags_d2.engine import LongTailCheckpointer, check_files, launch, setup_cfg
+from bags_d2.errors import exit_with_one_sentence
 
 
 def main(args):
@@ -39,9 +39,7 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
+    with exit_with_one_sentence():
         # Once before processes are launched: one sentence instead of one traceback for each.
         check_files(setup_cfg(args), args.eval_only, args.resume)
         launch(main, args)
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -85,9 +85,16 @@ def add_bags_config(cfg: CfgNode) -> None:
     # the mask head. What trains, trains the same way; False runs everything, to log all losses.
     cfg.MODEL.SKIP_FROZEN = True
 
+    # How many training steps with an infinite or NaN loss to leave out, in all, before training
+    # stops with an error. Such a step never reaches the weights.
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 0
+
     # Data sets to register: rows (name, "coco" or "lvis", annotation file, folder of images), for
     # use in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER = ()
+    # Check annotation files for faults before training and evaluation. Of the size of LVIS's that
+    # takes half a minute.
+    cfg.DATASETS.CHECK_ANNOTATIONS = True
 
     # DATALOADER.SAMPLER_TRAIN may also be "ClassBalancedTrainingSampler" (an image of a class that
     # is drawn evenly) or "TailTrainingSampler": images that show a class of fewer training

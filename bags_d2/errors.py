@@ -3,7 +3,23 @@
 Entry points print these as one sentence; anything else keeps its traceback.
 """
 
-__all__ = ["BagsError", "ConfigError", "DataError", "MissingFileError"]
+import contextlib
+import errno
+import re
+import sys
+from collections.abc import Iterator
+
+__all__ = [
+    "BagsError",
+    "ConfigError",
+    "DataError",
+    "MissingFileError",
+    "NonFiniteLossError",
+    "exit_with_one_sentence",
+    "one_sentence",
+]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BagsError(Exception):
@@ -20,3 +36,35 @@ class DataError(BagsError, ValueError):
 
 class MissingFileError(BagsError, FileNotFoundError):
     """A file that the config asks for does not exist."""
+
+
+class NonFiniteLossError(BagsError, FloatingPointError):
+    """A loss has become infinite or NaN in training."""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of an error of this package.
+
+    Other processes (of a data loader, of a training run) hand their errors on as the text of a
+    traceback, at whose end the message stands.
+    """
+    text = str(error)
+    own = re.findall(r"^bags_d2\.errors\.\w+: (.*)$", text, re.MULTILINE)
+    return own[-1] if own else text
+
+
+@contextlib.contextmanager
+def exit_with_one_sentence() -> Iterator[None]:
+    """For entry points: end with a sentence instead of a traceback where the user can help."""
+    try:
+        yield
+    except BagsError as error:
+        sys.exit(f"Error: {one_sentence(error)}")
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f"'{error.filename}'" if error.filename else "A file"
+        sys.exit(
+            f"Error: {where} could not be written ({error.strerror}); free some space, and run the "
+            "same command again (with --resume where there is such a flag)."
+        )

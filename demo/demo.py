@@ -7,7 +7,6 @@ OUTPUT_DIR, or else what bags_d2's model zoo carries for it.
 
 import argparse
 import glob
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from bags_d2 import BagsError, ConfigError, DataError, LongTailPredictor, MissingFileError
+from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
 from bags_d2.analysis.drawing import best_instances, draw_instances, side_by_side
+from bags_d2.errors import exit_with_one_sentence
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 WINDOW = "bags_d2"
@@ -200,7 +200,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -3,12 +3,11 @@
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, remembered_counts
 from bags_d2.analysis.groups import bin_names
 from bags_d2.analysis.plots import plot_weight_norms
@@ -20,6 +19,7 @@ from bags_d2.data.class_counts import (
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
 from bags_d2.engine.checkpoint_file import read_checkpoint
+from bags_d2.errors import exit_with_one_sentence
 from bags_d2.evaluation.bins import bin_index
 
 
@@ -106,7 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

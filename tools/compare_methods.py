@@ -5,13 +5,13 @@ Interrupted or extended (more methods, more seeds), the same command goes on whe
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.analysis.comparison import write_report
 from bags_d2.engine.comparison import BASELINE, Comparison
 from bags_d2.engine.logged_process import run_logged
+from bags_d2.errors import exit_with_one_sentence
 
 
 def main() -> None:
@@ -48,7 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -3,16 +3,16 @@
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.analysis.groups import bin_names
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.runs import Run, read_run, register_data_sets, winning_groups
+from bags_d2.errors import exit_with_one_sentence
 
 LISTED = 5  # classes with the largest gains, and losses
 
@@ -104,7 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

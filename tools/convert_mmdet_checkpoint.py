@@ -2,18 +2,18 @@
 """Convert a checkpoint of the BAGS authors (mmdetection 1.x); see docs/mmdet_checkpoints.md."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 
-from bags_d2 import BagsError, DataError, MissingFileError
+from bags_d2 import DataError, MissingFileError
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import LongTailCheckpointer, setup_cfg
 from bags_d2.engine.checkpoint_file import read_checkpoint, read_tensor
 from bags_d2.engine.mmdet_checkpoint import GroupLayout, convert_state_dict
+from bags_d2.errors import exit_with_one_sentence
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,7 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -4,17 +4,16 @@
 Both passes go on where they stopped if the same command is run again.
 """
 
-import sys
 from pathlib import Path
 
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bags_d2 import BagsError
 from bags_d2.engine import check_files, launch, setup_cfg
 from bags_d2.engine.feature_cache import extract_features
 from bags_d2.engine.fitting import fit_classifier
+from bags_d2.errors import exit_with_one_sentence
 
 
 def argument_parser():
@@ -53,7 +52,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main(argument_parser().parse_args())
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

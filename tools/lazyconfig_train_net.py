@@ -5,7 +5,6 @@ The configs run with Detectron2's own script too. This one adds what its checkpo
 know: which new weights are intended, and which would be a mistake.
 """
 
-import sys
 import weakref
 
 from detectron2.config import LazyConfig, instantiate
@@ -22,8 +21,9 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bags_d2 import BagsError, ConfigError, MissingFileError
+from bags_d2 import ConfigError, MissingFileError
 from bags_d2.engine import LongTailCheckpointer, launch
+from bags_d2.errors import exit_with_one_sentence
 
 
 def test(cfg, model):
@@ -88,8 +88,6 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
+    with exit_with_one_sentence():
         load(args)
         launch(main, args)
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -2,16 +2,16 @@
 """Tau-normalise the softmax classifier of a checkpoint (no training); see docs/methods.md."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.engine import setup_cfg
 from bags_d2.engine.checkpoint_file import read_model_weights
 from bags_d2.engine.tau_norm import tau_normalize
+from bags_d2.errors import exit_with_one_sentence
 
 
 def main() -> None:
@@ -35,7 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

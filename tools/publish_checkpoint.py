@@ -2,15 +2,14 @@
 """Strip a training checkpoint to its weights and classes, as model zoos publish them."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-from bags_d2 import BagsError
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
 from bags_d2.engine.checkpoint_file import read_checkpoint
+from bags_d2.errors import exit_with_one_sentence
 
 
 def main() -> None:
@@ -37,7 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -2,12 +2,12 @@
 """One self-contained HTML page about one or several evaluated runs."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.analysis.report import write_report
 from bags_d2.analysis.runs import read_run, register_data_sets
+from bags_d2.errors import exit_with_one_sentence
 
 
 def main() -> None:
@@ -36,7 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from bags_d2 import BagsError
 from bags_d2.analysis.demo import report_demo
 from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine.logged_process import run_logged
+from bags_d2.errors import exit_with_one_sentence
 
 # With one view of each image the classifiers end about 1 bAP lower than online; with three they do
 # not (docs/fitting.md).
@@ -72,7 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

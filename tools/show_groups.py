@@ -3,13 +3,12 @@
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
-from bags_d2 import BagsError, ConfigError
+from bags_d2 import ConfigError
 from bags_d2.analysis.groups import grouping_faults, propose_thresholds, summarize_groups
 from bags_d2.analysis.plots import plot_class_counts
 from bags_d2.data.class_counts import (
@@ -19,6 +18,7 @@ from bags_d2.data.class_counts import (
     training_class_names,
 )
 from bags_d2.engine import setup_cfg
+from bags_d2.errors import exit_with_one_sentence
 
 DEFAULT_THRESHOLDS = (10, 100, 1000)
 SHOWN = 8  # classes listed of a kind
@@ -106,7 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_one_sentence():
         main()
-    except BagsError as error:
-        sys.exit(f"Error: {error}")

@@ -9,13 +9,16 @@ from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import _strip_prefix_if_present
 
 from ..data.class_record import ClassRecord
-from ..errors import ConfigError, MissingFileError
+from ..errors import ConfigError, DataError, MissingFileError
 from ..modeling.groups import ClassGroups
 from .checkpoint_file import read_checkpoint
 
 __all__ = ["LongTailCheckpointer"]
 
 logger = logging.getLogger(__name__)
+
+# In the name of a checkpoint while it is being written.
+_PARTIAL = ".partial"
 
 
 class LongTailCheckpointer(DetectionCheckpointer):
@@ -61,8 +64,36 @@ class LongTailCheckpointer(DetectionCheckpointer):
         self._path = ""
 
     def save(self, name, **kwargs):
-        """As the parent's, with the record of the classes."""
-        super().save(name, **self.classes.for_checkpoint(), **kwargs)
+        """As the parent's, with the record of the classes; a file is whole if it has its name.
+
+        Raises:
+            DataError: if it cannot be written, as on a full disk; nothing is left of it then.
+        """
+        kwargs = {**self.classes.for_checkpoint(), **kwargs}
+        if "://" in self.save_dir:
+            return super().save(name, **kwargs)
+        try:
+            return super().save(f"{name}{_PARTIAL}", **kwargs)
+        except (OSError, RuntimeError) as error:
+            path = os.path.join(self.save_dir, f"{name}{_PARTIAL}.pth")
+            if not os.path.exists(path):
+                raise
+            os.unlink(path)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise DataError(
+                f"Checkpoint '{name}.pth' could not be written to '{self.save_dir}' ({reason}); "
+                "free some space, and go on from the one before it with --resume."
+            ) from None
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        """As the parent's, once the file has been given its name."""
+        final = last_filename_basename.replace(f"{_PARTIAL}.pth", ".pth")
+        if final != last_filename_basename:
+            os.replace(
+                os.path.join(self.save_dir, last_filename_basename),
+                os.path.join(self.save_dir, final),
+            )
+        super().tag_last_checkpoint(final)
 
     def resume_or_load(self, path, *, resume=True):
         """As the parent's."""

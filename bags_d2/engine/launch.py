@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -11,7 +10,7 @@ from detectron2 import engine
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
-from ..errors import BagsError
+from ..errors import BagsError, one_sentence
 
 __all__ = ["launch"]
 
@@ -52,11 +51,10 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             args=main_args,
         )
     except multiprocessing.ProcessRaisedException as error:
-        # The child's exception comes as the text of its traceback.
-        own = re.findall(r"^bags_d2\.errors\.\w+: (.*)$", str(error), re.MULTILINE)
-        if not own:
+        message = one_sentence(error)
+        if message == str(error):
             raise
-        raise BagsError(own[-1]) from None
+        raise BagsError(message) from None
     except multiprocessing.ProcessExitedException as error:
         raise BagsError(
             f"Process {error.error_index} of this machine ended early ({_ending(error)}), so the "

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import tempfile
 
 import torch
 import yaml
@@ -13,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_bags_config
 from ..data.class_counts import missing_dataset_message
 from ..data.datasets import register_from_config
+from ..data.validation import check_dataset
 from ..errors import ConfigError, MissingFileError
 
 __all__ = ["check_device", "check_files", "setup_cfg"]
@@ -69,8 +71,9 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
         resume: whether a checkpoint in ``OUTPUT_DIR`` goes before ``MODEL.WEIGHTS``.
 
     Raises:
-        ConfigError: if a data set is not registered, or nothing is to be trained
-            on, or there is no such device.
+        ConfigError: if a data set is not registered or has another number of classes, nothing is
+            to be trained on, there is no such device, or ``OUTPUT_DIR`` cannot be written to.
+        DataError: if an annotation file is faulty (``DATASETS.CHECK_ANNOTATIONS``).
         MissingFileError: if annotations, the folder of images or the checkpoint do not exist.
     """
     if not eval_only and not cfg.DATASETS.TRAIN:
@@ -86,12 +89,33 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
             if path and not PathManager.exists(path):
                 raise MissingFileError(missing_dataset_message(name, path))
     check_device(cfg)
+    _check_output_dir(cfg.OUTPUT_DIR)
     resumes = resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 allows ?matching_heuristics=True
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
         raise MissingFileError(
             f"Checkpoint '{weights}' (MODEL.WEIGHTS) does not exist{_how_to_make(weights)}."
         )
+    # Last, since it may take a while.
+    if cfg.DATASETS.CHECK_ANNOTATIONS:
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        for name in () if eval_only else cfg.DATASETS.TRAIN:
+            check_dataset(name, num_classes)
+        for name in cfg.DATASETS.TEST:
+            check_dataset(name, num_classes, needs_annotations=False)
+
+
+def _check_output_dir(folder: str) -> None:
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR '{folder}' cannot be written to ({error.strerror}); set another."
+        ) from None
 
 
 def check_device(cfg: CfgNode) -> None:

@@ -15,10 +15,8 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
 )
@@ -37,6 +35,7 @@ from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..seeding import seed_generators, step_seed
 from .checkpoint import LongTailCheckpointer
+from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .frozen import skip_frozen_parts
 from .optimizer import clip_full_model
 from .trainable import freeze_norm_statistics, select_trainable_params
@@ -76,8 +75,10 @@ class BAGSTrainer(DefaultTrainer):
         on_cpu = cfg.MODEL.DEVICE == "cpu"
         ddp_kwargs = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_kwargs)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        trainer = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedSimpleTrainer
+        self._trainer = trainer(
+            model, data_loader, optimizer, max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = LongTailCheckpointer(
             model,

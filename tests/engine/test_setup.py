@@ -100,7 +100,8 @@ def cfg_of(tiny_cfg, register, write_lvis, tmp_path):
 
     def make(*opts):
         return tiny_cfg(
-            *("DATASETS.TRAIN", ("setup_train",)), *("DATASETS.TEST", ("setup_val",)), *opts
+            *("DATASETS.TRAIN", ("setup_train",), "DATASETS.TEST", ("setup_val",)),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 1, "OUTPUT_DIR", str(tmp_path / "output"), *opts),
         )
 
     return make

@@ -49,6 +49,8 @@ class BAGSOutputLayers(ClassifierOutputLayers):
             )
         self.groups = groups
         self.others_sample_ratio = others_sample_ratio
+        # Of the last training step (G + 1,), to tell which group went wrong.
+        self.last_group_losses: torch.Tensor | None = None
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -60,6 +62,7 @@ class BAGSOutputLayers(ClassifierOutputLayers):
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """Sum of the groups' losses (:func:`bags_d2.group_softmax_loss`)."""
         group_losses, used = self.group_losses(logits, gt_classes)
+        self.last_group_losses = group_losses.detach()
         if is_logging_step() and gt_classes.numel():
             self._log_group_statistics(logits.detach(), gt_classes, group_losses.detach(), used)
         return group_losses.sum()
