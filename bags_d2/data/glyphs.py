@@ -783,7 +783,10 @@ def _draw(job: _Job) -> tuple[np.ndarray, list[dict], list[int]]:
 def _draw_to_file(job: _Job) -> tuple[list[dict], list[int]]:
     picture, annotations, left_over = _draw(job)
     if not cv2.imwrite(job.path, picture, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]):
-        raise OSError(f"The picture {job.path} could not be written.")
+        raise DataError(
+            f"The picture '{job.path}' could not be written; free some space, or choose another "
+            "folder."
+        )
     return annotations, left_over
 
 

@@ -34,6 +34,10 @@ def select_trainable_params(model: nn.Module, globs: Sequence[str]) -> list[str]
     if not globs:
         return names
     for glob in globs:
+        if not isinstance(glob, str):
+            raise ConfigError(
+                f"MODEL.TRAINABLE_PARAMS must hold names with wildcards, found {glob!r}."
+            )
         if not fnmatch.filter(names, glob):
             raise ConfigError(
                 f"MODEL.TRAINABLE_PARAMS: '{glob}' matches no trainable parameter; names look like "

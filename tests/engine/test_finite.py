@@ -1,0 +1,107 @@
+"""Losses that are not numbers never reach the weights."""
+
+import math
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+from bags_d2 import BAGSTrainer
+from bags_d2.engine import setup_cfg
+from bags_d2.errors import NonFiniteLossError
+
+TINY = "tests/tiny.yaml"
+
+
+@pytest.fixture
+def make_trainer(tmp_path, datasets_root, register, request, monkeypatch):
+    """``make_trainer(*opts)``: a trainer of eight steps, with a checkpoint at every second."""
+    monkeypatch.chdir(request.config.rootpath)
+    root = datasets_root / "glyphs_tiny"
+    name = register("finite_train", str(root / "annotations" / "glyphs_tiny_train.json"), str(root))
+
+    def make(*opts):
+        options = [
+            *("DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", "SEED", "1"),
+            *("OUTPUT_DIR", str(tmp_path), "MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers"),
+            *("SOLVER.MAX_ITER", "8", "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", "2"),
+            *opts,
+        ]
+        args = default_argument_parser().parse_args(["--config-file", TINY, *options])
+        return BAGSTrainer(setup_cfg(args))
+
+    return make
+
+
+def poison(trainer, iterations, value=math.nan, groups=(2,)):
+    """Make the losses of some groups infinite or NaN at some iterations."""
+    predictor = trainer.model.roi_heads.box_predictor
+    original = predictor.group_losses
+
+    def group_losses(logits, gt_classes):
+        losses, used = original(logits, gt_classes)
+        if trainer.iter in iterations:
+            mask = torch.zeros_like(losses, dtype=torch.bool)
+            mask[list(groups)] = True
+            losses = torch.where(mask, losses * value, losses)
+        return losses, used
+
+    predictor.group_losses = group_losses
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_training_stops_with_iteration_group_and_images(make_trainer, tmp_path, value):
+    trainer = make_trainer()
+    poison(trainer, {5}, value, groups=(0, 2))
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "iteration 5: loss_cls (class group 0" in message
+    assert ", 2)" in message or value == math.inf  # infinity times a loss of 0 is NaN as well
+    assert message.count(".jpg") == 2
+    assert "--resume" in message
+    assert "\n" not in message
+    # The weights of the model and of the last checkpoint are good.
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    weights = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["model"]
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_some_such_steps_may_be_left_out(make_trainer, log_lines):
+    lines = log_lines("bags_d2.engine.finite")
+    trainer = make_trainer("SOLVER.MAX_NONFINITE_STEPS", "2")
+    poison(trainer, {3, 5})
+    seen = {}
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    step = trainer._trainer.run_step
+
+    def run_step():
+        before = weights()
+        step()
+        seen[trainer.iter] = not torch.equal(before, weights())
+
+    trainer._trainer.run_step = run_step
+    trainer.train()
+    assert seen == {i: i not in (3, 5) for i in range(8)}
+    assert len(lines) == 2
+    assert "1 more may be" in lines[0]
+    assert weights().isfinite().all()
+
+
+def test_no_more_than_that(make_trainer):
+    trainer = make_trainer("SOLVER.MAX_NONFINITE_STEPS", "2")
+    poison(trainer, {1, 3, 4})
+    with pytest.raises(NonFiniteLossError, match="iteration 4"):
+        trainer.train()
+
+
+def test_finite_losses_are_logged_as_ever(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    latest = trainer.storage.latest()
+    assert math.isfinite(latest["total_loss"][0])
+    assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"} <= set(latest)
