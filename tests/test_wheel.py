@@ -1,0 +1,69 @@
+"""An installed package has its configs, its checkpoints and the three-line API, away from here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+USE = """
+import sys
+from pathlib import Path
+import numpy as np
+import bags_d2
+assert Path(bags_d2.__file__).is_relative_to(sys.argv[1]), bags_d2.__file__
+from bags_d2 import LongTailPredictor, model_zoo
+predictor = LongTailPredictor.from_config_file("glyphs_bags.yaml")
+instances = predictor(np.full((60, 80, 3), 90, np.uint8))["instances"]
+assert len(predictor.class_names) == 40
+cfg = model_zoo.get_config("ablations/lvis_bags_beta0_R50.yaml")
+assert cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO == 0
+assert model_zoo.get_config("lazy/lvis_bags_mask_R50.py").train.max_iter == 75_100
+assert len(model_zoo.list_configs()) == int(sys.argv[2])
+from jinja2 import PackageLoader, Environment
+Environment(loader=PackageLoader("bags_d2.analysis", ".")).get_template("report.html")
+from bags_d2.data.lvis_v1 import lvis_v1_counts
+assert len(lvis_v1_counts()["instance_count"]) == 1203
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Folder with the package as pip installs it, without what it depends on."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy of what is under version control, so that nothing else slips in, nor is left here.
+    source = folder / "source"
+    source.mkdir()
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if names.returncode != 0:
+        pytest.skip("needs the project's git repository")
+    kept = [n for n in names.stdout.split("\0") if n and not n.startswith(("tests/", "docs/"))]
+    archive = subprocess.run(["tar", "-c", *kept], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x"], cwd=source, input=archive, check=True)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("bags_d2-*.whl")
+    target = folder / "site"
+    install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    return target
+
+
+def test_it_works_from_another_directory(installed, tmp_path):
+    configs = [p for s in ("yaml", "py") for p in (ROOT / "configs").rglob(f"*.{s}")]
+    number = len([p for p in configs if not p.name.startswith("Base-")])
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(installed), str(number)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
