@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ assert len(lvis_v1_counts()["instance_count"]) == 1203
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Folder with the package as pip installs it, without what it depends on."""
+    if int(metadata.version("setuptools").partition(".")[0]) < 77:
+        pytest.skip("needs the setuptools of pyproject.toml, since the build is not isolated")
     folder = tmp_path_factory.mktemp("wheel")
     # From a copy of what is under version control, so that nothing else slips in, nor is left here.
     source = folder / "source"

@@ -142,7 +142,7 @@ class ResumableSampler(Sampler):
         self.batch_size = batch_size
         # Without buckets a worker's chunk is a batch, and batches come in the stream's order.
         self.num_columns = max(num_workers, 1) if bucket_of else 1
-        self.bucket_of = bucket_of or (lambda _: None)
+        self.bucket_of = bucket_of or _one_bucket
         self.start_iter = start_iter
 
     def __iter__(self) -> Iterator[int]:
@@ -171,6 +171,10 @@ class ResumableSampler(Sampler):
                 bucket.clear()
                 left -= 1
         return list(itertools.chain.from_iterable(buckets.values()))
+
+
+def _one_bucket(_: int) -> None:
+    return None
 
 
 class _SeededRecords(Dataset):

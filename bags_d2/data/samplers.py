@@ -4,6 +4,7 @@ An epoch's order is a function of a random generator alone, so that training fro
 cached features (``engine/fitting.py``) can take the same one.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +23,7 @@ __all__ = [
     "class_balanced_order",
     "epoch_order",
     "repeated_order",
+    "shuffled",
 ]
 
 EpochOrder = Callable[[torch.Generator], torch.Tensor]
@@ -64,7 +66,7 @@ class EpochSampler(Sampler):
 
 
 def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
-    """The order that ``DATALOADER.SAMPLER_TRAIN`` means.
+    """The order that ``DATALOADER.SAMPLER_TRAIN`` means; it can be pickled, for worker processes.
 
     Args:
         cfg: the config.
@@ -77,15 +79,15 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
-        return lambda generator: torch.randperm(len(records), generator=generator)
+        return functools.partial(shuffled, torch.arange(len(records)))
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
-        return lambda generator: repeated_order(factors, generator)
+        return functools.partial(repeated_order, factors)
     if name == CLASS_BALANCED:
         images_of_class = _images_of_classes(records)
-        return lambda generator: class_balanced_order(images_of_class, len(records), generator)
+        return functools.partial(class_balanced_order, images_of_class, len(records))
     if name == TAIL:
         is_tail = training_class_counts(cfg, by="instances") < cfg.DATALOADER.TAIL_MAX_COUNT
         images = [i for i, r in enumerate(records) if any(is_tail[c] for c in _classes_of(r))]
@@ -94,12 +96,16 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
                 f"No training image shows a class of fewer than {cfg.DATALOADER.TAIL_MAX_COUNT} "
                 "instances; raise DATALOADER.TAIL_MAX_COUNT."
             )
-        images = torch.tensor(images)
-        return lambda generator: images[torch.randperm(len(images), generator=generator)]
+        return functools.partial(shuffled, torch.tensor(images))
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is '{name}', which is none of {', '.join(EPOCH_SAMPLERS)}; set "
         "it to one of these."
     )
+
+
+def shuffled(positions: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Positions in random order."""
+    return positions[torch.randperm(len(positions), generator=generator)]
 
 
 def repeated_order(factors: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -87,13 +88,16 @@ class LongTailCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename):
         """As the parent's, once the file has been given its name."""
+        if "://" in self.save_dir:
+            return super().tag_last_checkpoint(last_filename_basename)
         final = last_filename_basename.replace(f"{_PARTIAL}.pth", ".pth")
+        folder = Path(self.save_dir)
         if final != last_filename_basename:
-            os.replace(
-                os.path.join(self.save_dir, last_filename_basename),
-                os.path.join(self.save_dir, final),
-            )
-        super().tag_last_checkpoint(final)
+            (folder / last_filename_basename).replace(folder / final)
+        # Written aside as well: an empty last_checkpoint could not be resumed from.
+        tag = folder / f"last_checkpoint{_PARTIAL}"
+        tag.write_text(final)
+        return tag.replace(folder / "last_checkpoint")
 
     def resume_or_load(self, path, *, resume=True):
         """As the parent's."""
