@@ -37,9 +37,10 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(*main_args)
-        # Together, since the first process holds the store that the others talk to.
+        # Together, so that none is gone while another still talks to it. The group is left to the
+        # end of the process, as Detectron2's launcher leaves it: gloo may abort where one process
+        # takes it down before another.
         comm.synchronize()
-        distributed.destroy_process_group()
         return
     try:
         engine.launch(
