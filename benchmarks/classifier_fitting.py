@@ -30,7 +30,7 @@ from bags_d2.engine.feature_cache import (
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, fit_classifier
+from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, RoISampler, fit_classifier
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5
@@ -139,7 +139,9 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     folder.mkdir()
     feature_cache._write_stamp(folder, settings, num_images)
     feature_cache._plan_shards(folder, settings, range(num_images))[0].write(rois)
-    batches = CachedBatches(FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, num_parts=1)
+    batches = CachedBatches(
+        FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, 1, RoISampler.from_config(cfg)
+    )
 
     predictor = build_box_predictor(cfg, ShapeSpec(channels=width)).to(DEVICE)
     predictor.bbox_pred.requires_grad_(False)

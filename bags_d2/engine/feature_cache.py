@@ -1,8 +1,9 @@
 """Pass 1 of classifier fitting: box features of the training RoIs, computed once and kept.
 
 With everything but the classifier frozen, what the classifier sees of an image changes between
-epochs by augmentation and by the sampling of RoIs alone. A few such *views* of every image, stored,
-stand for all epochs. Layout of a cache::
+epochs by augmentation and by the sampling of RoIs alone. The features of all labelled proposals of
+an image are stored, from which pass 2 samples RoIs afresh in every epoch, as training online does;
+a few augmented *views* stand for the augmentation of all epochs. Layout of a cache::
 
     cache.json                    what the features are of: CacheSettings
     view0/shard00000/             the first images of the first view
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +53,7 @@ __all__ = [
     "extract_features",
     "load_frozen_detector",
     "roi_features",
+    "sampling_for_cache",
 ]
 
 logger = logging.getLogger(__name__)
@@ -88,7 +91,7 @@ class CacheSettings:
         checkpoint: SHA-256 of the detector's checkpoint.
         annotations: size in bytes of the training sets' annotation files, by data set.
         views: views of every image.
-        rois_per_image: RoIs kept of an image; all foreground is kept even if that is more.
+        rois_per_image: RoIs kept of an image, None for all.
         images_per_shard: images of a shard.
         images_per_batch: images that go through the detector together.
     """
@@ -97,7 +100,7 @@ class CacheSettings:
     checkpoint: str
     annotations: dict[str, int]
     views: int
-    rois_per_image: int
+    rois_per_image: int | None
     images_per_shard: int = IMAGES_PER_SHARD
     images_per_batch: int = IMAGES_PER_BATCH
 
@@ -109,18 +112,15 @@ class CacheSettings:
 
         Args:
             cfg: config of stage 2.
-            views: views of every image, each with fresh augmentation and sampling of RoIs.
-            rois_per_image: RoIs to keep of an image, foreground first; None keeps all that
-                ``MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE`` samples.
+            views: views of every image, each with fresh augmentation.
+            rois_per_image: RoIs to keep of an image, chosen at random; None keeps all.
             **kwargs: other attributes.
 
         Raises:
             ConfigError: if ``views`` or ``rois_per_image`` is less than 1.
             MissingFileError: if the checkpoint does not exist.
         """
-        sampled = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
-        rois_per_image = sampled if rois_per_image is None else min(rois_per_image, sampled)
-        if views < 1 or rois_per_image < 1:
+        if views < 1 or (rois_per_image is not None and rois_per_image < 1):
             raise ConfigError(
                 f"--views and --rois-per-image must be 1 or more, found {views} and "
                 f"{rois_per_image}; correct them."
@@ -200,19 +200,37 @@ class FeatureCache:
         for features, labels in zip(self._features, self._labels, strict=True):
             yield torch.from_numpy(np.array(features)), torch.from_numpy(labels).long()
 
-    def read(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self,
+        keys: Sequence[tuple[int, int]],
+        sample: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """RoIs of some images.
 
         Args:
             keys: view and image (position in the training set) of each.
+            sample: chooses RoIs before their features are read: from the labels (R,) of all images
+                and the number of RoIs of each, ascending indices of those to read. None reads all.
 
         Returns:
             Features (R, D) float16 and labels (R,) int64, image after image.
         """
         places = [self._places[key].tolist() for key in keys]
-        features = np.concatenate([self._features[shard][a:b] for shard, a, b in places])
         labels = np.concatenate([self._labels[shard][a:b] for shard, a, b in places])
-        return torch.from_numpy(features), torch.from_numpy(labels).long()
+        if sample is None:
+            features = np.concatenate([self._features[shard][a:b] for shard, a, b in places])
+            return torch.from_numpy(features), torch.from_numpy(labels).long()
+        sizes = [b - a for _, a, b in places]
+        chosen = sample(torch.from_numpy(labels), sizes).numpy()
+        ends = np.cumsum(sizes)
+        of_image = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+        features = np.concatenate(
+            [
+                self._features[shard][rows - (end - b)]  # row 0 of the image is row a of the shard
+                for (shard, _, b), rows, end in zip(places, of_image, ends, strict=True)
+            ]
+        )
+        return torch.from_numpy(features), torch.from_numpy(labels[chosen]).long()
 
 
 def extract_features(
@@ -264,8 +282,8 @@ def extract_features(
     shards = _plan_shards(folder, settings, order)
     if comm.is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        num_missing = sum(len(s.images) for s in shards if not s.path.is_dir())
-        _check_disk_space(folder, num_missing, settings, model)
+        missing = [records[i] for s in shards if not s.path.is_dir() for i in s.images]
+        _check_disk_space(folder, missing, settings, model)
         _write_stamp(folder, settings, len(records))
     comm.synchronize()  # before any process writes, the disk has been checked
 
@@ -325,7 +343,7 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
 
 @torch.no_grad()
 def roi_features(
-    model: GeneralizedRCNN, inputs: list[dict], rois_per_image: int | None = None
+    model: GeneralizedRCNN, inputs: list[dict]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the classifier would be trained on in a step of ``model`` with these inputs.
 
@@ -335,7 +353,6 @@ def roi_features(
     Args:
         model: the detector, in training mode; needs an EventStorage around the call.
         inputs: as for the model.
-        rois_per_image: RoIs to keep of an image, all foreground in any case; None keeps all.
 
     Returns:
         For each image features (R, D) and labels (R,) of its sampled RoIs.
@@ -347,10 +364,6 @@ def roi_features(
     with without_rpn_losses(model.proposal_generator):
         proposals, _ = model.proposal_generator(images, features, targets)
     proposals = heads.label_and_sample_proposals(proposals, targets)
-    if rois_per_image is not None:
-        proposals = [
-            _keep_foreground_first(p, rois_per_image, heads.num_classes) for p in proposals
-        ]
     boxes = [p.proposal_boxes for p in proposals]
     pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
     box_features = heads.box_head(pooled).flatten(start_dim=1)
@@ -369,11 +382,30 @@ def without_rpn_losses(rpn: RPN) -> Iterator[None]:
         del rpn.label_and_sample_anchors, rpn.losses
 
 
-def _keep_foreground_first(proposals, num_rois: int, background: int):
-    # The sample comes in random order, so its first background RoIs are a random choice.
-    is_background = proposals.gt_classes == background
-    num_rois = max(num_rois, int((~is_background).sum()))
-    return proposals[is_background.int().argsort(stable=True)[:num_rois]]
+@contextlib.contextmanager
+def sampling_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> Iterator[None]:
+    """Let RoI heads sample the RoIs that a cache keeps of an image.
+
+    All of them, or so many: with the config's share of foreground if they are more than a step
+    takes, else at least with as much foreground as a step takes. A sample of a step's size drawn
+    from what is kept then has as much foreground as one drawn from all proposals.
+
+    Args:
+        heads: the RoI heads of the model, in training mode.
+        rois_per_image: RoIs to keep, None for all.
+    """
+    before = heads.batch_size_per_image, heads.positive_fraction
+    if rois_per_image is None:
+        heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
+    else:
+        num_foreground = min(int(max(rois_per_image, before[0]) * before[1]), rois_per_image)
+        heads.batch_size_per_image = rois_per_image
+        # Rounded down after multiplication, which must give this very number.
+        heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
+    try:
+        yield
+    finally:
+        heads.batch_size_per_image, heads.positive_fraction = before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,6 +478,7 @@ def _extract_shards(cfg, model, records, shards: list[_Shard], settings: CacheSe
             disable=not comm.is_main_process(),
         ) as progress,
         EventStorage(),
+        sampling_for_cache(model.roi_heads, settings.rois_per_image),
         torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda"),
     ):
         for shard, of_shard in zip(shards, batches, strict=True):
@@ -453,7 +486,7 @@ def _extract_shards(cfg, model, records, shards: list[_Shard], settings: CacheSe
             for keys in of_shard:
                 batch = next(inputs)
                 seed_generators(_seed("sampling", *keys[0]), device)
-                for features, labels in roi_features(model, batch, settings.rois_per_image):
+                for features, labels in roi_features(model, batch):
                     rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
                 progress.update(len(keys))
             shard.write(rois)
@@ -463,11 +496,20 @@ def _seed(*parts) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
-def _check_disk_space(folder: Path, num_images: int, settings: CacheSettings, model) -> None:
+def _check_disk_space(
+    folder: Path, records: Sequence[dict], settings: CacheSettings, model: GeneralizedRCNN
+) -> None:
+    """Raise a ConfigError unless the features of these images fit on the disk."""
     shape = model.roi_heads.box_head.output_shape
     num_features = shape.channels * (shape.height or 1) * (shape.width or 1)
     bytes_per_roi = num_features * np.dtype(np.float16).itemsize + np.dtype(np.int32).itemsize
-    needed = num_images * settings.rois_per_image * bytes_per_roi
+    if settings.rois_per_image is None:
+        num_rois = len(records) * model.proposal_generator.post_nms_topk[True]
+        if model.roi_heads.proposal_append_gt:
+            num_rois += sum(len(record.get("annotations", ())) for record in records)
+    else:
+        num_rois = len(records) * settings.rois_per_image
+    needed = num_rois * bytes_per_roi
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
@@ -475,7 +517,7 @@ def _check_disk_space(folder: Path, num_images: int, settings: CacheSettings, mo
             "free; lower --rois-per-image or --views, or name another disk with --cache."
         )
     sizes = f"up to {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free"
-    logger.info("Extracting box features of %d images to '%s': %s", num_images, folder, sizes)
+    logger.info("Extracting box features of %d images to '%s': %s", len(records), folder, sizes)
 
 
 def _stamp(folder: Path) -> Path:

@@ -1,12 +1,14 @@
 """Pass 2 of classifier fitting: train a box predictor's classifier on cached features.
 
-Shapes in this file: R RoIs of a per-device batch, D features of a RoI.
+Shapes in this file: R RoIs of a per-device batch, D features of a RoI, K classes.
 """
 
+import dataclasses
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,13 +32,16 @@ from .feature_cache import (
 )
 from .trainer import BAGSTrainer
 
-__all__ = ["CachedBatches", "ClassifierLoss", "fit_classifier"]
+__all__ = ["CachedBatches", "ClassifierLoss", "RoISampler", "fit_classifier"]
 
 logger = logging.getLogger(__name__)
 
 # Steps between lines in the log and in metrics.json. Detectron2's 20 would be a good part of the
 # time of steps that take milliseconds.
 LOG_PERIOD = 100
+
+# Apart from the orders of images, which are drawn with the same seed.
+_ROI_STREAM = 1
 
 Batch = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -73,7 +78,13 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         predictor.fit_features(cache.parts())
         return _save_detector(model, cfg, path)
-    batches = CachedBatches(cache, *_batch_sizes(cfg), _seed_of(cfg), _epoch_order(cfg, cache))
+    batches = CachedBatches(
+        cache,
+        *_batch_sizes(cfg),
+        sampler=RoISampler.from_config(cfg),
+        seed=_seed_of(cfg),
+        order=_epoch_order(cfg, cache),
+    )
     optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
     trainer = SimpleTrainer(
         ClassifierLoss(predictor, model.device), batches, optimizer, gather_metric_period=LOG_PERIOD
@@ -117,12 +128,58 @@ def _epoch_order(cfg: CfgNode, cache: FeatureCache) -> EpochOrder:
     return epoch_order(cfg, records)
 
 
+@dataclasses.dataclass(frozen=True)
+class RoISampler:
+    """Samples RoIs for training as ``StandardROIHeads`` does, for several images at once.
+
+    Attributes:
+        num_rois: RoIs of an image, or all if there are fewer.
+        positive_fraction: the part of them that foreground may take.
+        num_classes: K, the label of background.
+    """
+
+    num_rois: int
+    positive_fraction: float
+    num_classes: int
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "RoISampler":
+        heads = cfg.MODEL.ROI_HEADS
+        return cls(heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION, heads.NUM_CLASSES)
+
+    def __call__(
+        self, labels: torch.Tensor, sizes: Sequence[int], generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            labels: (R,) labels 0..K of all RoIs, image after image.
+            sizes: number of RoIs of each image.
+            generator: source of randomness.
+
+        Returns:
+            Ascending indices of the sampled RoIs.
+        """
+        # Runs 2i and 2i + 1 are the foreground and the background of image i. Sorted by run and a
+        # random number, the first of each run are a random choice.
+        image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        run = 2 * image + (labels == self.num_classes)
+        order = (run + torch.rand(len(run), dtype=torch.float64, generator=generator)).argsort()
+        available = run.bincount(minlength=2 * len(sizes)).view(-1, 2)
+        foreground = available[:, 0].clamp(max=int(self.num_rois * self.positive_fraction))
+        background = torch.minimum(available[:, 1], self.num_rois - foreground)
+        taken = torch.stack([foreground, background], dim=1).flatten()
+        starts = available.flatten().cumsum(0) - available.flatten()
+        run = run[order]
+        rank = torch.arange(len(run)) - starts[run]
+        return order[rank < taken[run]].sort().values
+
+
 class CachedBatches:
     """Endless batches of cached images in the order of a training run.
 
     Every epoch has the order of ``DATALOADER.SAMPLER_TRAIN``, a new one each time, and batches run
-    over the ends of epochs. Epoch after epoch takes the next view. A batch follows from the seed
-    and its step alone, so a run can go on anywhere.
+    over the ends of epochs. Epoch after epoch takes the next view, and samples RoIs of it afresh. A
+    batch follows from the seed and its step alone, so a run can go on anywhere.
 
     Attributes:
         start: step of the first batch.
@@ -133,6 +190,7 @@ class CachedBatches:
         cache: FeatureCache,
         images_per_part: int,
         num_parts: int,
+        sampler: RoISampler,
         seed: int = 0,
         order: EpochOrder | None = None,
     ) -> None:
@@ -141,21 +199,26 @@ class CachedBatches:
             cache: the features.
             images_per_part: images of a device's batch.
             num_parts: devices.
-            seed: seed of the order.
+            sampler: samples the RoIs of an image from those of the cache.
+            seed: seed of the order and of the RoIs.
             order: positions of an epoch's images; None takes each once.
         """
         self.cache = cache
         self.images_per_part = images_per_part
         self.num_parts = num_parts
+        self.sampler = sampler
         self.seed = seed
         self.order = order or (lambda g: torch.randperm(cache.num_images, generator=g))
         self.start = 0
 
     def __iter__(self) -> Iterator[Batch]:
         keys = self._keys(self.start * self.images_per_part * self.num_parts)
-        while True:
+        generator = torch.Generator()
+        sample = functools.partial(self.sampler, generator=generator)
+        for step in itertools.count(self.start):
+            generator.manual_seed(step_seed(self.seed, step, _ROI_STREAM))
             yield [
-                self.cache.read(list(itertools.islice(keys, self.images_per_part)))
+                self.cache.read(list(itertools.islice(keys, self.images_per_part)), sample)
                 for _ in range(self.num_parts)
             ]
 

@@ -55,7 +55,7 @@ class ClassGroups(nn.Module):
         # Derived from class_to_group, so never saved: a checkpoint cannot contradict itself.
         self.register_buffer("class_to_slot", torch.empty(0, dtype=torch.long), persistent=False)
         self.register_buffer("class_to_column", torch.empty(0, dtype=torch.long), persistent=False)
-        self.register_buffer("label_to_columns", torch.empty(0, dtype=torch.long), persistent=False)
+        self.register_buffer("label_to_slots", torch.empty(0, dtype=torch.long), persistent=False)
         self.undetermined_because = ""
         self._lay_out()
 
@@ -155,25 +155,22 @@ class ClassGroups(nn.Module):
     def _lay_out(self) -> None:
         """Derive slots, columns and sizes from ``class_to_group``."""
         groups = self.class_to_group.cpu()
-        slots = torch.zeros_like(groups)
         columns = torch.zeros_like(groups)
-        # Column that each label is the target of, in every group: classes of other groups are
-        # "others" of a group, as is background, the last label.
-        targets = torch.zeros(self.num_classes + 1, self.num_groups + 1, dtype=torch.long)
-        targets[:-1, 0] = 1
+        # Slot that each label is the target of, in every group: classes of other groups are
+        # "others" of a group, slot 0, as is background, the last label.
+        targets = torch.zeros(self.num_groups + 1, self.num_classes + 1, dtype=torch.long)
+        targets[0, :-1] = 1
         start, sizes = 2, []
         for g in range(1, self.num_groups + 1):
             members = (groups == g).nonzero().flatten()
-            slots[members] = torch.arange(1, len(members) + 1)
-            columns[members] = start + slots[members]
-            targets[:, g] = start
-            targets[members, g] = columns[members]
+            targets[g, members] = torch.arange(1, len(members) + 1)
+            columns[members] = start + targets[g, members]
             sizes.append(len(members))
             start += 1 + len(members)
         device = self.class_to_group.device
-        self.class_to_slot = slots.to(device)
         self.class_to_column = columns.to(device)
-        self.label_to_columns = targets.to(device)
+        self.label_to_slots = targets.to(device)
+        self.class_to_slot = self.label_to_slots[1:, :-1].sum(dim=0)
         self._sizes = tuple(sizes)
 
     def _load_from_state_dict(

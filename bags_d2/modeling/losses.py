@@ -8,10 +8,12 @@ group, how many "others" to draw) stay tensors, so sampling masks a random order
 instead of picking a data-dependent number of indices.
 
 Passes over memory of the logits' size take the time, arithmetic hardly any. Hence one buffer of
-that size, in which each group owns some columns, and work in place: a softmax for each group would
-first copy its columns, and autograd would keep several such buffers.
+that size, in which each group owns some columns, and work in place, group after group: a softmax
+for each group would first copy its columns, and autograd would keep several such buffers. A CPU can
+also afford to look which RoIs a group uses, and leave out the rest: few use the groups of the tail.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -80,8 +82,17 @@ def group_targets(gt_classes: torch.Tensor, groups: ClassGroups) -> torch.Tensor
         ValueError: for labels outside 0..K (on CUDA: a device-side assertion, which does not
             wait for the device).
     """
-    columns, starts = _target_columns(gt_classes, groups)
-    return (columns - starts).t()
+    num_classes = groups.num_classes
+    in_range = ((gt_classes >= 0) & (gt_classes <= num_classes)).all()
+    if gt_classes.device.type == "cpu":
+        if not in_range:
+            raise ValueError(
+                f"gt_classes must lie in 0..{num_classes} ({num_classes} is background), found "
+                f"{int(gt_classes.min())}..{int(gt_classes.max())}"
+            )
+    else:
+        torch._assert_async(in_range)
+    return groups.label_to_slots.to(gt_classes.device).index_select(1, gt_classes)
 
 
 def group_softmax_loss(
@@ -118,11 +129,11 @@ def group_softmax_loss(
     """
     groups.require_determined()
     _check_width(logits, groups)
-    columns, starts = _target_columns(gt_classes, groups)
-    in_group = (columns > starts).t()[1:]
+    slots = group_targets(gt_classes, groups)
+    in_group = slots[1:] > 0
     others = sample_others(in_group, others_sample_ratio, generator)
     used = torch.cat([torch.ones_like(others[:1]), in_group | others])
-    losses = _GroupCrossEntropy.apply(at_least_float32(logits), columns, used.t(), groups)
+    losses = _GroupCrossEntropy.apply(at_least_float32(logits), slots, used, groups)
     return (losses, used) if return_used else losses
 
 
@@ -146,7 +157,7 @@ def merge_group_probs(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor
     _check_width(logits, groups)
     logits = at_least_float32(logits)
     objectness = logits[:, :2].softmax(dim=1)
-    probs = _exp_(_below_maxima(logits, groups))
+    probs = _exponentials(logits, groups)
     if probs.requires_grad:
         probs = probs.clone()  # autograd keeps the exponentials; they must not be scaled in place
     probs[:, :2] = objectness
@@ -166,65 +177,127 @@ class _GroupCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, columns, used, groups):
-        # columns, used: (R, G + 1)
-        exponents = _below_maxima(logits, groups)
-        at_target = exponents.gather(1, columns)
-        exponentials = _exp_(exponents)
-        totals = torch.cat(
-            [part.sum(dim=1, keepdim=True) for part in exponentials.split(groups.widths, dim=1)],
-            dim=1,
-        )
-        num_used = used.sum(dim=0).clamp(min=1)
-        ctx.save_for_backward(logits, columns, used, num_used, totals)
-        ctx.groups, ctx.exponentials = groups, exponentials
-        # where() rather than a product: an infinite loss of an unused RoI must not turn into NaN.
-        return torch.where(used, totals.log() - at_target, 0.0).sum(dim=0) / num_used
+    def forward(ctx, logits, slots, used, groups):
+        # slots, used: (G + 1, R)
+        num_used = used.sum(dim=1).clamp(min=1)
+        ctx.save_for_backward(logits, slots, used, num_used)
+        ctx.groups = groups
+        ctx.gradient, ctx.softmaxes = _group_softmaxes(logits, slots, used, groups)
+        losses = [softmax.loss() for softmax in ctx.softmaxes]
+        return torch.stack(losses) / num_used
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        logits, columns, used, num_used, totals = ctx.saved_tensors
-        gradient, ctx.exponentials = ctx.exponentials, None
+        logits, slots, used, num_used = ctx.saved_tensors
+        gradient, softmaxes = ctx.gradient, ctx.softmaxes
         if gradient is None:
-            gradient = _exp_(_below_maxima(logits, ctx.groups))
-        weights = used * (grad_losses / num_used)  # (R, G + 1)
-        scales = (weights / totals).split(1, dim=1)
-        for part, scale in zip(gradient.split(ctx.groups.widths, dim=1), scales, strict=True):
-            part *= scale
-        return gradient.scatter_add_(1, columns, -weights), None, None, None
+            gradient, softmaxes = _group_softmaxes(logits, slots, used, ctx.groups)
+        ctx.gradient = ctx.softmaxes = None
+        parts = gradient.split(ctx.groups.widths, dim=1)
+        for softmax, part, scale in zip(softmaxes, parts, grad_losses / num_used, strict=True):
+            softmax.write_gradient(part, scale)
+        return gradient, None, None, None
 
 
-def _below_maxima(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
-    """Logits less the greatest of their group, so that no exponential overflows."""
-    logits = logits.clone()
-    for columns in groups.group_slices:
-        part = logits[:, columns]
-        part -= part.detach().amax(dim=1, keepdim=True)
-    return logits
+# Of the RoIs, above which a group computes all of them where it stands.
+_SHARE_WORTH_COPYING = 0.75
 
 
-def _exp_(tensor: torch.Tensor) -> torch.Tensor:
-    """exp() in place. torch.exp() is left to MKL, which takes four times as long on AMD's CPUs."""
-    return tensor.mul_(math.log2(math.e)).exp2_()
+@dataclasses.dataclass
+class _Softmax:
+    """Exponentials of one group's logits, for the N RoIs that it computes.
+
+    Attributes:
+        exponentials: (N, C of the group), of the logits less the greatest.
+        totals: (N, 1) their sums.
+        target: (N, 1) the target's slot.
+        target_exponents: (N, 1) the target's exponent of 2.
+        used: (N, 1) bool, whether a RoI counts; None if all do.
+        rows: (N,) the RoIs among all, None if they are all and the exponentials stand where the
+            gradient will.
+    """
+
+    exponentials: torch.Tensor
+    totals: torch.Tensor
+    target: torch.Tensor
+    target_exponents: torch.Tensor
+    used: torch.Tensor | None
+    rows: torch.Tensor | None
+
+    def loss(self) -> torch.Tensor:
+        """Sum of the cross-entropies of the RoIs that count."""
+        in_bits = self.totals.log2() - self.target_exponents
+        if self.used is not None:
+            # Not a product: an infinite loss of an unused RoI must not turn into NaN.
+            in_bits = in_bits.where(self.used, 0.0)
+        return in_bits.sum() * math.log(2)
+
+    def write_gradient(self, out: torch.Tensor, scale: torch.Tensor) -> None:
+        """Turn the exponentials into the gradient of ``scale`` times the loss, in ``out``."""
+        weights = scale.expand_as(self.totals) if self.used is None else self.used * scale
+        gradient = self.exponentials.mul_(weights / self.totals)
+        gradient.scatter_add_(1, self.target, -weights)
+        if self.rows is not None:
+            out.index_copy_(0, self.rows, gradient)
 
 
-def _target_columns(
-    gt_classes: torch.Tensor, groups: ClassGroups
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target column of each RoI in every group (R, G + 1), and the groups' first columns."""
-    num_classes = groups.num_classes
-    in_range = ((gt_classes >= 0) & (gt_classes <= num_classes)).all()
-    if gt_classes.device.type == "cpu":
-        if not in_range:
-            raise ValueError(
-                f"gt_classes must lie in 0..{num_classes} ({num_classes} is background), found "
-                f"{int(gt_classes.min())}..{int(gt_classes.max())}"
+def _group_softmaxes(
+    logits: torch.Tensor, slots: torch.Tensor, used: torch.Tensor, groups: ClassGroups
+) -> tuple[torch.Tensor, list[_Softmax]]:
+    """The softmaxes of all groups, and the buffer of their gradient (R, C), 0 where none writes."""
+    gradient = torch.zeros_like(logits)
+    parts = (x.split(groups.widths, dim=1) for x in (logits, gradient))
+    softmaxes = []
+    for part, out, slot, mask in zip(*parts, slots, used, strict=True):
+        rows = None
+        if logits.device.type == "cpu":  # elsewhere the host would have to wait for their number
+            rows = mask.nonzero().flatten()
+            if len(rows) > _SHARE_WORTH_COPYING * len(logits):
+                rows = None
+            else:
+                part, slot, mask, out = part.index_select(0, rows), slot[rows], None, None
+        target = slot.unsqueeze(1)
+        exponents = _exponents(part, out)
+        target_exponents = exponents.gather(1, target)
+        exponentials = exponents.exp2_()
+        softmaxes.append(
+            _Softmax(
+                exponentials=exponentials,
+                totals=exponentials.sum(dim=1, keepdim=True),
+                target=target,
+                target_exponents=target_exponents,
+                used=None if mask is None else mask.unsqueeze(1),
+                rows=rows,
             )
-    else:
-        torch._assert_async(in_range)
-    label_to_columns = groups.label_to_columns.to(gt_classes.device)
-    return label_to_columns.index_select(0, gt_classes), label_to_columns[-1]
+        )
+    return gradient, softmaxes
+
+
+def _exponentials(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
+    """Exponentials of all logits (R, C) less the greatest of their group."""
+    exponents = torch.empty_like(logits)
+    outs = exponents.split(groups.widths, dim=1)
+    differentiate = torch.is_grad_enabled() and logits.requires_grad
+    if differentiate:  # which outputs that are given would rule out
+        outs = [None] * len(outs)
+    parts = zip(logits.split(groups.widths, dim=1), outs, strict=True)
+    parts = [_exponents(part, out) for part, out in parts]
+    # At once for all groups, since it is faster where memory is contiguous.
+    return (torch.cat(parts, dim=1) if differentiate else exponents).exp2_()
+
+
+_LOG2_E = math.log2(math.e)
+
+
+def _exponents(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a group less the greatest, so that nothing overflows, as exponents of 2.
+
+    Powers of 2 because torch.exp() is left to MKL, which takes four times as long on AMD's CPUs.
+    Both steps are one pass over memory, which rounds but once where it is a fused multiply-add.
+    """
+    greatest = logits.detach().amax(dim=1, keepdim=True)
+    return torch.add(greatest * -_LOG2_E, logits, alpha=_LOG2_E, out=out)
 
 
 def _check_width(logits: torch.Tensor, groups: ClassGroups) -> None:

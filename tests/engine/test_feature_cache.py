@@ -1,6 +1,5 @@
 """Pass 1 of classifier fitting: what is cached, and what becomes of interruptions and mistakes."""
 
-import collections
 import multiprocessing
 import os
 import shutil
@@ -13,6 +12,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.engine import launch
+from detectron2.structures import pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
@@ -83,7 +83,8 @@ def kill_at_call(number, module, name):
 
 def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     cfg = make_cfg()
-    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    sampled = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    extract_features(cfg, tmp_path / "cache", rois_per_image=sampled, images_per_shard=16)
     cache = FeatureCache(tmp_path / "cache")
     assert cache.num_images == NUM_IMAGES
 
@@ -118,30 +119,81 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     assert torch.equal(mixed, torch.cat([cache.read([(0, 33)])[0], cache.read([(0, 2)])[0]]))
 
 
-def test_views_differ_by_augmentation_and_sampling(make_cfg, tmp_path):
+def test_views_differ_by_augmentation(make_cfg, tmp_path):
     extract_features(make_cfg("INPUT.RANDOM_FLIP", "horizontal"), tmp_path / "cache", views=2)
     cache = FeatureCache(tmp_path / "cache")
     same = [torch.equal(cache.read([(0, i)])[0], cache.read([(1, i)])[0]) for i in range(5)]
     assert not any(same)
 
 
-def test_fewer_rois_keep_all_foreground_and_some_background(make_cfg, tmp_path):
-    extract_features(make_cfg(), tmp_path / "all")
-    extract_features(make_cfg(), tmp_path / "some", rois_per_image=4)
+def test_all_labelled_proposals_are_kept(make_cfg, tmp_path):
+    cfg = make_cfg()
+    extract_features(cfg, tmp_path / "cache")
+    cache = FeatureCache(tmp_path / "cache")
+    model = load_frozen_detector(cfg)
+    heads = model.roi_heads
+    records = feature_cache.training_records(cfg)
+    images = feature_cache._Images(records, DatasetMapper(cfg, is_train=True))
+    batch = [images[0, i] for i in range(8)]
+    with EventStorage(), feature_cache.without_rpn_losses(model.proposal_generator):
+        pictures = model.preprocess_image(batch)
+        targets = [x["instances"] for x in batch]
+        with torch.no_grad():
+            proposals, _ = model.proposal_generator(
+                pictures, model.backbone(pictures.tensor), targets
+            )
+    for image, (proposal, target) in enumerate(zip(proposals, targets, strict=True)):
+        # Every proposal and every object has a label: 1 from the IoU threshold on, 0 below it.
+        overlap = pairwise_iou(target.gt_boxes, proposal.proposal_boxes)
+        best, match = overlap.max(dim=0)
+        expected = torch.where(best >= 0.5, target.gt_classes[match], NUM_CLASSES)
+        expected = torch.cat([expected, target.gt_classes])
+        _, labels = cache.read([(0, image)])
+        assert len(labels) > heads.batch_size_per_image
+        assert sorted(labels.tolist()) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("kept", "foreground"),
+    # A step samples 32 RoIs, at most 8 of them foreground.
+    [(4, 4), (20, 8), (32, 8), (48, 12), (100, 25)],
+)
+def test_kept_rois_hold_the_foreground_that_a_step_needs(kept, foreground, make_cfg, tmp_path):
+    cfg = make_cfg("MODEL.RPN.POST_NMS_TOPK_TRAIN", 300, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.1])
+    extract_features(cfg, tmp_path / "all")
+    extract_features(cfg, tmp_path / "some", rois_per_image=kept)
     everything, some = FeatureCache(tmp_path / "all"), FeatureCache(tmp_path / "some")
+    full = 0
     for image in range(NUM_IMAGES):
         features, labels = everything.read([(0, image)])
-        kept, kept_labels = some.read([(0, image)])
-        num_foreground = int((labels < NUM_CLASSES).sum())
-        assert len(kept_labels) == max(4, num_foreground)
-
-        def count(labels):
-            return collections.Counter(labels[labels < NUM_CLASSES].tolist())
-
-        assert count(kept_labels) == count(labels)
-        # Each is one of the rows of the whole sample; other batch shapes round otherwise.
-        difference = (kept[:, None].float() - features[None].float()).abs().amax(dim=2)
+        chosen, chosen_labels = some.read([(0, image)])
+        available = int((labels < NUM_CLASSES).sum())
+        assert int((chosen_labels < NUM_CLASSES).sum()) == min(available, foreground)
+        assert len(chosen_labels) == min(kept, len(labels))
+        full += available >= foreground
+        # Each is one of all rows; other batch shapes round otherwise.
+        difference = (chosen[:, None].float() - features[None].float()).abs().amax(dim=2)
         assert difference.amin(dim=1).max() < 1e-3
+    assert full > 3
+
+
+def test_chosen_rois_are_read_in_order(make_cfg, tmp_path):
+    extract_features(make_cfg(), tmp_path / "cache", images_per_shard=16)
+    cache = FeatureCache(tmp_path / "cache")
+    keys = [(0, 33), (0, 2), (0, 17)]
+    features, labels = cache.read(keys)
+    sizes = [len(cache.read([key])[1]) for key in keys]
+    # Of the last image none, of the first its last one, of the second all.
+    rows = torch.arange(sizes[0] - 1, sizes[0] + sizes[1])
+
+    def sample(found_labels, found_sizes):
+        assert torch.equal(found_labels.long(), labels)
+        assert list(found_sizes) == sizes
+        return rows
+
+    chosen, chosen_labels = cache.read(keys, sample)
+    assert torch.equal(chosen, features[rows])
+    assert torch.equal(chosen_labels, labels[rows])
 
 
 def test_killed_extraction_goes_on_to_the_same_bytes(make_cfg, tmp_path):
@@ -216,10 +268,15 @@ def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path,
 
 def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 3, 7))
-    needed = NUM_IMAGES * 2 * 32 * (32 * 2 + 4)
-    with pytest.raises(ConfigError, match=rf"needs up to {needed:,} bytes more .* 7 free; lower"):
-        extract_features(make_cfg(), tmp_path / "cache", views=2)
-    assert not contents(tmp_path / "cache")
+    cfg = make_cfg()
+    proposals = NUM_IMAGES * cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN
+    objects = sum(len(r["annotations"]) for r in feature_cache.training_records(cfg))
+    for kept, num_rois in ((None, proposals + objects), (9, NUM_IMAGES * 9)):
+        needed = 2 * num_rois * (32 * 2 + 4)
+        message = rf"needs up to {needed:,} bytes more .* 7 free; lower"
+        with pytest.raises(ConfigError, match=message):
+            extract_features(cfg, tmp_path / "cache", views=2, rois_per_image=kept)
+        assert not contents(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +300,8 @@ def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
         extract_features(make_cfg("MODEL.WEIGHTS", str(tmp_path / "absent.pth")), tmp_path / "c")
     with pytest.raises(ConfigError, match="--views"):
         extract_features(make_cfg(), tmp_path / "c", views=0)
+    with pytest.raises(ConfigError, match="--rois-per-image"):
+        extract_features(make_cfg(), tmp_path / "c", rois_per_image=0)
     (tmp_path / "cache.json").write_text('{"settings": {"colour": "red"}, "num_images": 3}')
     with pytest.raises(DataError, match=r"cache\.json' does not describe"):
         FeatureCache(tmp_path)
@@ -261,8 +320,8 @@ def test_images_without_foreground_are_cached_as_background(make_cfg, make_batch
     batch = make_batch(2)
     batch[0]["instances"] = batch[0]["instances"][:0]
     with EventStorage():
-        (features, labels), _ = roi_features(model, batch, rois_per_image=5)
-    assert features.shape == (5, 32)
+        (features, labels), _ = roi_features(model, batch)
+    assert features.shape == (32, 32)
     assert (labels == NUM_CLASSES).all()
 
 
@@ -274,6 +333,6 @@ def test_a_mask_head_changes_nothing(make_cfg, make_batch):
         model = BAGSTrainer.build_model(make_cfg("MODEL.MASK_ON", mask_on))
         with EventStorage():
             seed_all_rng(5)
-            seen.append(roi_features(model, make_batch(2), rois_per_image=9))
+            seen.append(roi_features(model, make_batch(2)))
     assert (seen[0][0][1] < NUM_CLASSES).any()
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)

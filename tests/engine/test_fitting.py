@@ -12,6 +12,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
@@ -28,6 +29,7 @@ from bags_d2.engine.feature_cache import (
 from bags_d2.engine.fitting import (
     CachedBatches,
     ClassifierLoss,
+    RoISampler,
     _epoch_order,
     _Progress,
     fit_classifier,
@@ -43,7 +45,8 @@ OPTIONS = [
 BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
 SOFTMAX = ("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
 SIGMOID = (*SOFTMAX, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True")
-NUM_IMAGES = 35
+NUM_IMAGES, NUM_CLASSES = 35, 6
+SAMPLER = RoISampler(num_rois=32, positive_fraction=0.25, num_classes=NUM_CLASSES)
 
 
 def make_cfg(weights, output_dir, *opts):
@@ -115,11 +118,53 @@ def test_gradient_of_a_step_is_that_of_the_online_step(predictor, cfg_of, stage1
     torch.testing.assert_close(stored, online, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_rois", [1, 7, 32, 500])
+@pytest.mark.parametrize("positive_fraction", [0.0, 0.25, 1.0])
+def test_rois_are_sampled_as_detectron2_does(num_rois, positive_fraction):
+    generator = torch.Generator().manual_seed(1)
+    sampler = RoISampler(num_rois, positive_fraction, NUM_CLASSES)
+    sizes = [40, 0, 1, 25, 30, 12]
+    labels = torch.randint(NUM_CLASSES + 1, (sum(sizes),), generator=generator).int()
+    labels[-30:-12], labels[-12:] = NUM_CLASSES, 2  # background alone, foreground alone
+    times_seen = torch.zeros(len(labels))
+    for _ in range(400):
+        sampled = sampler(labels, sizes, generator)
+        assert torch.equal(sampled, sampled.unique())
+        times_seen[sampled] += 1
+    of_image = zip(
+        sampled.bincount(minlength=len(labels)).split(sizes),
+        labels.split(sizes),
+        times_seen.split(sizes),
+        strict=True,
+    )
+    for chosen, own, seen in of_image:
+        positive, negative = subsample_labels(own, num_rois, positive_fraction, NUM_CLASSES)
+        for indices, of_kind in ((positive, own != NUM_CLASSES), (negative, own == NUM_CLASSES)):
+            assert chosen[of_kind].sum() == len(indices)
+            if len(indices):  # each is drawn as often as any other
+                share = len(indices) / of_kind.sum()
+                deviation = (400 * share * (1 - share)) ** 0.5
+                assert (seen[of_kind] - 400 * share).abs().max() <= 4.5 * deviation
+
+
+def test_rois_are_sampled_afresh_in_each_epoch(stage1):
+    cache = FeatureCache(stage1 / "cache")
+    epoch = CachedBatches(cache, NUM_IMAGES, 1, SAMPLER, order=lambda _: torch.arange(NUM_IMAGES))
+    (first,), _, (third,) = itertools.islice(epoch, 3)  # views alternate
+    assert len(first[1]) == len(third[1]) == NUM_IMAGES * SAMPLER.num_rois
+    assert not torch.equal(first[0], third[0])
+    everything = cache.read([(0, i) for i in range(NUM_IMAGES)])[0]
+    rows = {row.numpy().tobytes() for row in everything}
+    assert all(row.numpy().tobytes() in rows for features, _ in (first, third) for row in features)
+
+
 def test_loss_is_the_mean_over_devices(cfg_of, stage1):
     cache = FeatureCache(stage1 / "cache")
     model = load_frozen_detector(cfg_of(*SOFTMAX))
     loss_of = ClassifierLoss(model.roi_heads.box_predictor)
-    (batch,) = itertools.islice(CachedBatches(cache, images_per_part=2, num_parts=3), 1)
+    (batch,) = itertools.islice(
+        CachedBatches(cache, images_per_part=2, num_parts=3, sampler=SAMPLER), 1
+    )
     with EventStorage():
         parts = torch.stack([loss_of([part])["loss_cls"] for part in batch])
         torch.testing.assert_close(loss_of(batch)["loss_cls"], parts.mean())
@@ -127,7 +172,7 @@ def test_loss_is_the_mean_over_devices(cfg_of, stage1):
 
 def test_every_image_comes_once_in_an_epoch_and_views_alternate(stage1):
     cache = FeatureCache(stage1 / "cache")
-    batches = CachedBatches(cache, images_per_part=2, num_parts=2, seed=1)
+    batches = CachedBatches(cache, images_per_part=2, num_parts=2, sampler=SAMPLER, seed=1)
     keys = list(itertools.islice(batches._keys(0), 3 * NUM_IMAGES))
     epochs = [keys[i : i + NUM_IMAGES] for i in range(0, len(keys), NUM_IMAGES)]
     for number, epoch in enumerate(epochs):
@@ -164,7 +209,7 @@ def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, s
 
 def test_training_lowers_the_loss(cfg_of, stage1):
     cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 1e-3)
-    batches = CachedBatches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1)
+    batches = CachedBatches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1, SAMPLER)
 
     def loss(weights):
         model = load_frozen_detector(cfg_of(*BAGS, "MODEL.WEIGHTS", str(weights)))
@@ -262,7 +307,7 @@ def test_batches_follow_the_sampler_and_go_on_anywhere(cfg_of, stage1, sampler):
     )
     cache = FeatureCache(stage1 / "cache")
     order = _epoch_order(cfg, cache)
-    keys = list(itertools.islice(CachedBatches(cache, 2, 1, 7, order)._keys(0), 300))
+    keys = list(itertools.islice(CachedBatches(cache, 2, 1, SAMPLER, 7, order)._keys(0), 300))
     expected = []
     for epoch in itertools.count():
         generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
@@ -272,7 +317,7 @@ def test_batches_follow_the_sampler_and_go_on_anywhere(cfg_of, stage1, sampler):
     assert keys == expected[:300]
     assert {image for _, image in keys} <= set(range(NUM_IMAGES))
     for start in (1, 34, 35, 36, 170):
-        resumed = itertools.islice(CachedBatches(cache, 2, 1, 7, order)._keys(start), 40)
+        resumed = itertools.islice(CachedBatches(cache, 2, 1, SAMPLER, 7, order)._keys(start), 40)
         assert list(resumed) == keys[start : start + 40]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import reference
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bags_d2 import ClassGroups, group_softmax_loss, merge_group_probs, sample_others
+from bags_d2.modeling import losses as losses_module
 from bags_d2.modeling.losses import group_targets
 
 INF = float("inf")
@@ -43,17 +45,24 @@ def _compare_with_reference(case, beta, dtype):
     counts, thresholds, labels, logits = case
     groups = ClassGroups.from_counts(counts, thresholds)
     logits = logits.to(dtype).requires_grad_()
-    losses, used = group_softmax_loss(logits, _labels(labels), groups, beta, return_used=True)
-    weights = torch.arange(1.0, len(losses) + 1, dtype=dtype)
-    (losses * weights).sum().backward()
-    expected, gradient = reference.loss_and_gradient(
-        logits.tolist(), labels, counts, thresholds, used.tolist(), weights.tolist()
-    )
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {}
-    assert losses.dtype == dtype
-    torch.testing.assert_close(losses, losses.new_tensor(expected), **tolerance)
-    gradient = losses.new_tensor(gradient).reshape(logits.shape)
-    torch.testing.assert_close(logits.grad, gradient, **tolerance)
+    # With 0.0 a CPU computes all RoIs, as accelerators do, and with 1.0 those alone that are used.
+    for share in (0.0, losses_module._SHARE_WORTH_COPYING, 1.0):
+        logits.grad = None
+        generator = torch.Generator().manual_seed(7)
+        with mock.patch.object(losses_module, "_SHARE_WORTH_COPYING", share):
+            losses, used = group_softmax_loss(
+                logits, _labels(labels), groups, beta, generator, return_used=True
+            )
+        weights = torch.arange(1.0, len(losses) + 1, dtype=dtype)
+        (losses * weights).sum().backward()
+        expected, gradient = reference.loss_and_gradient(
+            logits.tolist(), labels, counts, thresholds, used.tolist(), weights.tolist()
+        )
+        assert losses.dtype == dtype
+        torch.testing.assert_close(losses, losses.new_tensor(expected), **tolerance)
+        gradient = losses.new_tensor(gradient).reshape(logits.shape)
+        torch.testing.assert_close(logits.grad, gradient, **tolerance)
     return used.tolist()
 
 
@@ -600,12 +609,14 @@ def test_the_guard_against_waiting_sees_what_it_should():
 
 
 @pytest.mark.parametrize("beta", [0.0, 8.0, INF])
-def test_backward_never_waits_and_forward_reads_the_label_check_alone(beta):
+def test_backward_never_waits_and_forward_reads_labels_and_used_rois_alone(beta):
     logits = torch.randn(7, 11, requires_grad=True)
     labels = _labels([0, 3, 1, 2, K, K, K])
     with _Waits("cpu") as waits:
         losses = group_softmax_loss(logits, labels, GROUPS, beta)
-    assert [w for w in waits.found if w != "is_nonzero"] == ["_local_scalar_dense"]
+    # The used RoIs of each group only on a CPU, which has nothing to wait for: see above.
+    expected = ["_local_scalar_dense", *["nonzero"] * 5]
+    assert [w for w in waits.found if w != "is_nonzero"] == expected
     with _Waits("cpu") as waits:
         losses.sum().backward()
     assert waits.found == []
