@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, hooks
@@ -39,9 +40,6 @@ logger = logging.getLogger(__name__)
 # Steps between lines in the log and in metrics.json. Detectron2's 20 would be a good part of the
 # time of steps that take milliseconds.
 LOG_PERIOD = 100
-
-# Apart from the orders of images, which are drawn with the same seed.
-_ROI_STREAM = 1
 
 Batch = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -148,8 +146,8 @@ class RoISampler:
         return cls(heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION, heads.NUM_CLASSES)
 
     def __call__(
-        self, labels: torch.Tensor, sizes: Sequence[int], generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+        self, labels: np.ndarray, sizes: Sequence[int], generator: np.random.Generator
+    ) -> np.ndarray:
         """
         Args:
             labels: (R,) labels 0..K of all RoIs, image after image.
@@ -161,17 +159,14 @@ class RoISampler:
         """
         # Runs 2i and 2i + 1 are the foreground and the background of image i. Sorted by run and a
         # random number, the first of each run are a random choice.
-        image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        run = 2 * image + (labels == self.num_classes)
-        order = (run + torch.rand(len(run), dtype=torch.float64, generator=generator)).argsort()
-        available = run.bincount(minlength=2 * len(sizes)).view(-1, 2)
-        foreground = available[:, 0].clamp(max=int(self.num_rois * self.positive_fraction))
-        background = torch.minimum(available[:, 1], self.num_rois - foreground)
-        taken = torch.stack([foreground, background], dim=1).flatten()
-        starts = available.flatten().cumsum(0) - available.flatten()
-        run = run[order]
-        rank = torch.arange(len(run)) - starts[run]
-        return order[rank < taken[run]].sort().values
+        run = np.repeat(np.arange(0, 2 * len(sizes), 2), sizes) + (labels == self.num_classes)
+        order = np.argsort(run + generator.random(len(run)))
+        available = np.bincount(run, minlength=2 * len(sizes))
+        taken = available.copy()
+        np.minimum(taken[::2], int(self.num_rois * self.positive_fraction), out=taken[::2])
+        np.minimum(taken[1::2], self.num_rois - taken[::2], out=taken[1::2])
+        rank = np.arange(len(run)) - np.repeat(np.cumsum(available) - available, available)
+        return np.sort(order[rank < np.repeat(taken, available)])
 
 
 class CachedBatches:
@@ -213,10 +208,9 @@ class CachedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         keys = self._keys(self.start * self.images_per_part * self.num_parts)
-        generator = torch.Generator()
-        sample = functools.partial(self.sampler, generator=generator)
         for step in itertools.count(self.start):
-            generator.manual_seed(step_seed(self.seed, step, _ROI_STREAM))
+            generator = np.random.default_rng((self.seed, step))
+            sample = functools.partial(self.sampler, generator=generator)
             yield [
                 self.cache.read(list(itertools.islice(keys, self.images_per_part)), sample)
                 for _ in range(self.num_parts)
