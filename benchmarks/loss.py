@@ -12,8 +12,9 @@ The first table is of losses, forward and backward:
            with numpy, and take the cross-entropy of the selected rows.
   here     group_softmax_loss.
 
-The second is of probabilities: one softmax over K + 1 classes, and merge_group_probs. Losses,
-gradients and probabilities are compared with those of plain loops in float64.
+The second is of probabilities: one softmax over K + 1 classes, merge_group_probs, and what of it
+is inevitable, the permutation of the columns into the order of classes. Losses, gradients and
+probabilities are compared with those of plain loops in float64.
 """
 
 import argparse
@@ -41,9 +42,9 @@ CLAIM = (1024, 1203)  # RoIs, classes
 GRID = [(r, k) for k in (80, 1203, 5000, 10000) for r in (512, 1024, 2048)]
 
 # What is promised for CLAIM, with room for other work on the machine
-MOST_SOFTMAX_LOSSES = 1.7
+MOST_SOFTMAX_LOSSES = 1.3
 LEAST_GAIN_ON_NAIVE = 1.4
-MOST_SOFTMAXES = 2.7
+MOST_SOFTMAXES = 4.5
 
 
 def make_input(num_rois, num_classes, seed):
@@ -164,8 +165,10 @@ def measure_merge(case, options):
     """One row of the table of probabilities."""
     groups, _, grouped, plain = make_input(*case, options.seed)
     equal = agree(merge_group_probs(grouped, groups), naive_merge(grouped.double(), groups))
+    columns = F.pad(groups.class_to_column, (0, 1)).expand(len(grouped), -1)
     sides = {
         "softmax": lambda: plain.softmax(dim=1),
+        "permutation": lambda: grouped.gather(1, columns),
         "here": lambda: merge_group_probs(grouped, groups),
     }
     milliseconds, memory = compare(sides, options)

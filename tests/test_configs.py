@@ -23,7 +23,7 @@ RUNNABLE = sorted(
     for p in CONFIGS.rglob("*.yaml")
     if not p.name.startswith("Base-")
 )
-NUM_CLASSES = {"lvis": 1203, "lvis_v0.5": 1230, "coco": 80, "glyphs": 40}
+NUM_CLASSES = {"lvis": 1203, "lvis_v0.5": 1230, "coco": 80, "glyphs": 40, "glyphs_lvis": 1203}
 STAGE_1 = {"lvis": "lvis_baseline", "lvis_v0.5": "lvis_v0.5_baseline", "coco": "coco_baseline"}
 # Published recipes that differ from the others'.
 OWN_RECIPE = ("_RFS", "_rfs", "_2x", "_AP_fixed", "_finetune", "_train_all", "_crt", "_norcal")
@@ -39,7 +39,7 @@ def load(name):
 
 def dataset_of(name):
     stem = Path(name).name
-    return "lvis_v0.5" if stem.startswith("lvis_v0.5") else stem.partition("_")[0]
+    return max((data for data in NUM_CLASSES if stem.startswith(f"{data}_")), key=len)
 
 
 @pytest.fixture

@@ -16,9 +16,6 @@ from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
 
-# With one view of each image the classifiers end about 1 bAP lower than online; with three they do
-# not (docs/fitting.md).
-VIEWS = "3"
 STAGE_2 = {"softmax_retrained": "glyphs_softmax_retrained", "bags": "glyphs_bags"}
 
 
@@ -64,7 +61,7 @@ def main() -> None:
         if args.online:
             seconds[name] = run("train_net.py", config, folder, *seed, *detector)
             continue
-        cache = ("--cache", str(args.output / "features"), "--views", VIEWS)
+        cache = ("--cache", str(args.output / "features"))
         fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
         seconds[name] = run("tools/fit_classifier.py", config, folder, *cache, *seed, *detector)
         seconds[name] += run("train_net.py", config, folder, "--eval-only", *fitted)

@@ -113,7 +113,7 @@ class CacheSettings:
         Args:
             cfg: config of stage 2.
             views: views of every image, each with fresh augmentation.
-            rois_per_image: RoIs to keep of an image, chosen at random; None keeps all.
+            rois_per_image: RoIs to keep of an image (:func:`sampling_for_cache`); None keeps all.
             **kwargs: other attributes.
 
         Raises:
@@ -389,9 +389,10 @@ def without_rpn_losses(rpn: RPN) -> Iterator[None]:
 def sampling_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> Iterator[None]:
     """Let RoI heads sample the RoIs that a cache keeps of an image.
 
-    All of them, or so many: with the config's share of foreground if they are more than a step
-    takes, else at least with as much foreground as a step takes. A sample of a step's size drawn
-    from what is kept then has as much foreground as one drawn from all proposals.
+    All of them, or so many: what a step samples, and of the rest as much foreground as background.
+    That is a larger share of foreground than a step's, since RoIs of the tail are few, and each
+    adds more than yet another piece of background. If a step samples more than are to be kept, its
+    foreground goes first.
 
     Args:
         heads: the RoI heads of the model, in training mode.
@@ -401,7 +402,8 @@ def sampling_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> I
     if rois_per_image is None:
         heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
     else:
-        num_foreground = min(int(max(rois_per_image, before[0]) * before[1]), rois_per_image)
+        rest = max(rois_per_image - before[0], 0)
+        num_foreground = min(int(before[0] * before[1]) + rest // 2, rois_per_image)
         heads.batch_size_per_image = rois_per_image
         # Rounded down after multiplication, which must give this very number.
         heads.positive_fraction = (num_foreground + 0.5) / rois_per_image

@@ -253,7 +253,7 @@ class ClassifierLoss(nn.Module):
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # A box that is not degenerate, since a predictor of another family may encode it.
-        boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).repeat(len(labels), 1))
+        boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).expand(len(labels), 4))
         rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
         rois.gt_classes = labels.to(self.device, non_blocking=True)
         predictions = self.predictor(features.to(self.device, non_blocking=True).float())

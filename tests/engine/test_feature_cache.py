@@ -156,7 +156,7 @@ def test_all_labelled_proposals_are_kept(make_cfg, tmp_path):
 @pytest.mark.parametrize(
     ("kept", "foreground"),
     # A step samples 32 RoIs, at most 8 of them foreground.
-    [(4, 4), (20, 8), (32, 8), (48, 12), (100, 25)],
+    [(4, 4), (20, 8), (32, 8), (40, 12), (43, 13)],
 )
 def test_kept_rois_hold_the_foreground_that_a_step_needs(kept, foreground, make_cfg, tmp_path):
     cfg = make_cfg("MODEL.RPN.POST_NMS_TOPK_TRAIN", 300, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.1])
