@@ -128,7 +128,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     config_file = "configs/lvis_bags_R50.yaml"
     cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=["MODEL.DEVICE", DEVICE]))
     num_images, width = 4 * cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_BOX_HEAD.FC_DIM
-    settings = feature_cache.CacheSettings({}, "", {}, views=1, rois_per_image=rois_per_image)
+    settings = feature_cache.CacheSettings({}, "", {}, 1, rois_per_image, sampling=0)
     rng = np.random.default_rng(0)
     rois = []
     for _ in range(num_images):
@@ -161,7 +161,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
                 torch.cuda.synchronize()
             whole.append(time.perf_counter() - start)
             storage.step()
-    num_bytes = cfg.SOLVER.IMS_PER_BATCH * rois_per_image * width * 2
+    num_bytes = sum(features.nbytes for features, _ in batch)
     return [
         rois_per_image,
         *(statistics.median(times[1:]) for times in (reading, whole)),
@@ -219,7 +219,7 @@ def main():
         num_images, num_bytes = FeatureCache(cache).num_images, FeatureCache(cache).num_bytes
         report(cfg, args, measured, difference, num_images, num_bytes)
         if args.lvis:
-            rows = [lvis_rates(folder / f"lvis{n}", n) for n in (512, 128)]
+            rows = [lvis_rates(folder / f"lvis{n}", n) for n in (1013, 512, 128)]
             headers = ["LVIS v1: RoIs of an image", "reading s", "whole step s", "reading GB/s"]
             print(f"\n{tabulate(rows, headers=headers, floatfmt='.3g')}")
         if args.seeds:

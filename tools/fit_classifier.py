@@ -20,7 +20,7 @@ def argument_parser():
     parser = default_argument_parser(__doc__)
     parser.add_argument("--views", type=int, default=1, help="augmented views of every image")
     parser.add_argument(
-        "--rois-per-image", type=int, help="RoIs to keep, drawn at random; default: all"
+        "--rois-per-image", type=int, help="RoIs to keep of an image; default: all proposals"
     )
     parser.add_argument(
         "--cache",

@@ -2,8 +2,9 @@
 
 With everything but the classifier frozen, what the classifier sees of an image changes between
 epochs by augmentation and by the sampling of RoIs alone. The features of all labelled proposals of
-an image are stored, from which pass 2 samples RoIs afresh in every epoch, as training online does;
-a few augmented *views* stand for the augmentation of all epochs. Layout of a cache::
+an image, or of a choice of them, are stored, from which pass 2 samples RoIs afresh in every epoch,
+as training online does; a few augmented *views* stand for the augmentation of all epochs. Layout of
+a cache::
 
     cache.json                    what the features are of: CacheSettings
     view0/shard00000/             the first images of the first view
@@ -35,6 +36,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
@@ -58,12 +60,15 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# A shard is what a kill loses at most, and an open file in pass 2. Of LVIS v1 with 512 RoIs of
-# 1024 features, 512 images are half a gigabyte, and five views stay under 1024 files.
+# A shard is what a kill loses at most, and an open file in pass 2. Of LVIS v1 with about 1000
+# RoIs of 1024 features, 512 images are a gigabyte, and five views stay under 1024 files.
 IMAGES_PER_SHARD = 512
 # Images that go through the detector together. Not the solver's batch: without gradients its size
 # is a matter of memory alone, and features must not depend on how pass 2 will train.
 IMAGES_PER_BATCH = 8
+
+# Raise it whenever other RoIs come to be kept for the same settings.
+SAMPLING_VERSION = 2
 
 # Config keys that the features follow from ...
 _DECISIVE = (
@@ -92,6 +97,7 @@ class CacheSettings:
         annotations: size in bytes of the training sets' annotation files, by data set.
         views: views of every image.
         rois_per_image: RoIs kept of an image, None for all.
+        sampling: version of the rule by which they are chosen.
         images_per_shard: images of a shard.
         images_per_batch: images that go through the detector together.
     """
@@ -101,6 +107,7 @@ class CacheSettings:
     annotations: dict[str, int]
     views: int
     rois_per_image: int | None
+    sampling: int  # without a default, so that a cache from before there was one is refused
     images_per_shard: int = IMAGES_PER_SHARD
     images_per_batch: int = IMAGES_PER_BATCH
 
@@ -131,6 +138,7 @@ class CacheSettings:
             annotations={name: _size_of_annotations(name) for name in cfg.DATASETS.TRAIN},
             views=views,
             rois_per_image=rois_per_image,
+            sampling=SAMPLING_VERSION,
             **kwargs,
         )
 
@@ -350,8 +358,9 @@ def roi_features(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the classifier would be trained on in a step of ``model`` with these inputs.
 
-    The steps are those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training
-    mode up to the box predictor, but for the losses of the RPN.
+    Which RoIs these are is up to the RoI heads, and so to :func:`sampling_for_cache`. The steps are
+    those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training mode up to the
+    box predictor, but for the losses of the RPN.
 
     Args:
         model: the detector, in training mode; needs an EventStorage around the call.
@@ -362,7 +371,7 @@ def roi_features(
     """
     heads = model.roi_heads
     images = model.preprocess_image(inputs)
-    targets = [x["instances"].to(model.device) for x in inputs]
+    targets = [_boxes_and_classes(x["instances"]).to(model.device) for x in inputs]
     features = model.backbone(images.tensor)
     with without_rpn_losses(model.proposal_generator):
         proposals, _ = model.proposal_generator(images, features, targets)
@@ -372,6 +381,13 @@ def roi_features(
     box_features = heads.box_head(pooled).flatten(start_dim=1)
     labels = [p.gt_classes for p in proposals]
     return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
+
+
+def _boxes_and_classes(instances: Instances) -> Instances:
+    # A sampled proposal takes all fields of its object with it, and a mask for each of a thousand
+    # proposals is a gigabyte.
+    fields = {name: instances.get(name) for name in ("gt_boxes", "gt_classes")}
+    return Instances(instances.image_size, **fields)
 
 
 @contextlib.contextmanager
@@ -398,19 +414,19 @@ def sampling_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> I
         heads: the RoI heads of the model, in training mode.
         rois_per_image: RoIs to keep, None for all.
     """
-    before = heads.batch_size_per_image, heads.positive_fraction
+    step_size, step_fraction = heads.batch_size_per_image, heads.positive_fraction
     if rois_per_image is None:
         heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
     else:
-        rest = max(rois_per_image - before[0], 0)
-        num_foreground = min(int(before[0] * before[1]) + rest // 2, rois_per_image)
+        rest = max(rois_per_image - step_size, 0)
+        num_foreground = min(int(step_size * step_fraction) + rest // 2, rois_per_image)
         heads.batch_size_per_image = rois_per_image
         # Rounded down after multiplication, which must give this very number.
         heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
     try:
         yield
     finally:
-        heads.batch_size_per_image, heads.positive_fraction = before
+        heads.batch_size_per_image, heads.positive_fraction = step_size, step_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,8 +443,7 @@ class _Shard:
 
     def write(self, rois: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Write features and labels of each image; the folder appears when it is complete."""
-        features = np.concatenate([f for f, _ in rois])
-        if not np.isfinite(features).all():
+        if not all(np.isfinite(features).all() for features, _ in rois):
             raise DataError(
                 f"Box features for '{self.path}' are not finite in float16; check MODEL.WEIGHTS, "
                 "or train with train_net.py."
@@ -436,7 +451,11 @@ class _Shard:
         partial = self.path.with_name(f"{self.path.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        np.save(partial / "features.npy", features)
+        # Straight into the file, without another copy of a gigabyte.
+        shape = (sum(len(features) for features, _ in rois), *rois[0][0].shape[1:])
+        file = np.lib.format.open_memmap(partial / "features.npy", "w+", np.float16, shape)
+        np.concatenate([features for features, _ in rois], out=file)
+        file.flush()
         np.save(partial / "labels.npy", np.concatenate([labels for _, labels in rois]))
         np.save(partial / "images.npy", np.asarray(self.images, dtype=np.int64))
         np.save(partial / "offsets.npy", np.cumsum([0, *(len(f) for f, _ in rois)]))

@@ -277,6 +277,7 @@ class _Progress(HookBase):
             "cache.checkpoint": cache.settings.checkpoint,
             "cache.views": cache.settings.views,
             "cache.rois_per_image": cache.settings.rois_per_image,
+            "cache.sampling": cache.settings.sampling,
         }
 
     def resume(self) -> int:

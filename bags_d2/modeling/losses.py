@@ -200,7 +200,7 @@ class _GroupCrossEntropy(torch.autograd.Function):
         return gradient, None, None, None
 
 
-# Of the RoIs, above which a group computes all of them where it stands.
+# Share of used RoIs above which copying them out does not pay.
 _SHARE_WORTH_COPYING = 0.75
 
 
@@ -287,17 +287,15 @@ def _exponentials(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
     return (torch.cat(parts, dim=1) if differentiate else exponents).exp2_()
 
 
-_LOG2_E = math.log2(math.e)
-
-
 def _exponents(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of a group less the greatest, so that nothing overflows, as exponents of 2.
 
     Powers of 2 because torch.exp() is left to MKL, which takes four times as long on AMD's CPUs.
-    Both steps are one pass over memory, which rounds but once where it is a fused multiply-add.
     """
+    # Subtracted first: a rounded multiple of the greatest would miss that of large logits by whole
+    # powers of 2.
     greatest = logits.detach().amax(dim=1, keepdim=True)
-    return torch.add(greatest * -_LOG2_E, logits, alpha=_LOG2_E, out=out)
+    return torch.sub(logits, greatest, out=out).mul_(math.log2(math.e))
 
 
 def _check_width(logits: torch.Tensor, groups: ClassGroups) -> None:

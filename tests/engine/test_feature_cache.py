@@ -1,5 +1,6 @@
 """Pass 1 of classifier fitting: what is cached, and what becomes of interruptions and mistakes."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -305,6 +306,24 @@ def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
     (tmp_path / "cache.json").write_text('{"settings": {"colour": "red"}, "num_images": 3}')
     with pytest.raises(DataError, match=r"cache\.json' does not describe"):
         FeatureCache(tmp_path)
+
+
+def test_a_cache_of_another_rule_of_sampling_is_refused(make_cfg, tmp_path):
+    extract_features(make_cfg(), tmp_path / "cache", rois_per_image=40)
+    stamp = tmp_path / "cache" / "cache.json"
+    content = json.loads(stamp.read_text())
+    content["settings"]["sampling"] -= 1
+    stamp.write_text(json.dumps(content))
+    for use in (
+        lambda: extract_features(make_cfg(), tmp_path / "cache", rois_per_image=40),
+        lambda: FeatureCache(tmp_path / "cache").require(make_cfg()),
+    ):
+        with pytest.raises(ConfigError, match="sampling is 1 there and 2 now"):
+            use()
+    del content["settings"]["sampling"]  # from before there was one
+    stamp.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="does not describe a feature cache of this version"):
+        FeatureCache(tmp_path / "cache")
 
 
 def test_features_beyond_float16_are_an_error(make_cfg, tmp_path):

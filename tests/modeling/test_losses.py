@@ -489,6 +489,17 @@ def test_extreme_logits_stay_finite(sign):
     assert ((probs >= 0) & (probs <= 1)).all()
 
 
+@pytest.mark.parametrize("offset", [-1e12, 1e12, -1e30, 1e30])
+def test_enormous_logits_stay_finite(offset):
+    logits = torch.full((7, 11), offset, requires_grad=True)
+    losses = group_softmax_loss(logits, _labels([0, 3, 1, 2, K, K, K]), GROUPS, INF)
+    losses.sum().backward()
+    torch.testing.assert_close(losses[0], torch.tensor(2.0).log())
+    assert logits.grad.isfinite().all()
+    for x in (logits, logits.detach()):
+        torch.testing.assert_close(merge_group_probs(x, GROUPS)[:, -1], torch.full((7,), 0.5))
+
+
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_logits_far_from_zero_lose_no_precision(offset):
     logits = (torch.randn(12, 11) + offset).requires_grad_()
