@@ -212,7 +212,7 @@ class _Softmax:
         exponentials: (N, C of the group), of the logits less the greatest.
         totals: (N, 1) their sums.
         target: (N, 1) the target's slot.
-        target_exponents: (N, 1) the target's exponent of 2.
+        target_exponents: (N, 1) the target's logit less the greatest.
         used: (N, 1) bool, whether a RoI counts; None if all do.
         rows: (N,) the RoIs among all, None if they are all and the exponentials stand where the
             gradient will.
@@ -227,11 +227,11 @@ class _Softmax:
 
     def loss(self) -> torch.Tensor:
         """Sum of the cross-entropies of the RoIs that count."""
-        in_bits = self.totals.log2() - self.target_exponents
+        losses = self.totals.log() - self.target_exponents
         if self.used is not None:
             # Not a product: an infinite loss of an unused RoI must not turn into NaN.
-            in_bits = in_bits.where(self.used, 0.0)
-        return in_bits.sum() * math.log(2)
+            losses = losses.where(self.used, 0.0)
+        return losses.sum()
 
     def write_gradient(self, out: torch.Tensor, scale: torch.Tensor) -> None:
         """Turn the exponentials into the gradient of ``scale`` times the loss, in ``out``."""
@@ -258,9 +258,9 @@ def _group_softmaxes(
             else:
                 part, slot, mask, out = part.index_select(0, rows), slot[rows], None, None
         target = slot.unsqueeze(1)
-        exponents = _exponents(part, out)
+        exponents = _below_greatest(part, out)
         target_exponents = exponents.gather(1, target)
-        exponentials = exponents.exp2_()
+        exponentials = _exp_(exponents)
         softmaxes.append(
             _Softmax(
                 exponentials=exponentials,
@@ -282,20 +282,19 @@ def _exponentials(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
     if differentiate:  # which outputs that are given would rule out
         outs = [None] * len(outs)
     parts = zip(logits.split(groups.widths, dim=1), outs, strict=True)
-    parts = [_exponents(part, out) for part, out in parts]
+    parts = [_below_greatest(part, out) for part, out in parts]
     # At once for all groups, since it is faster where memory is contiguous.
-    return (torch.cat(parts, dim=1) if differentiate else exponents).exp2_()
+    return _exp_(torch.cat(parts, dim=1) if differentiate else exponents)
 
 
-def _exponents(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of a group less the greatest, so that nothing overflows, as exponents of 2.
+def _below_greatest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a group less the greatest, so that no exponential overflows."""
+    return torch.sub(logits, logits.detach().amax(dim=1, keepdim=True), out=out)
 
-    Powers of 2 because torch.exp() is left to MKL, which takes four times as long on AMD's CPUs.
-    """
-    # Subtracted first: a rounded multiple of the greatest would miss that of large logits by whole
-    # powers of 2.
-    greatest = logits.detach().amax(dim=1, keepdim=True)
-    return torch.sub(logits, greatest, out=out).mul_(math.log2(math.e))
+
+def _exp_(tensor: torch.Tensor) -> torch.Tensor:
+    """exp() in place. torch.exp() is left to MKL, which takes four times as long on AMD's CPUs."""
+    return tensor.mul_(math.log2(math.e)).exp2_()
 
 
 def _check_width(logits: torch.Tensor, groups: ClassGroups) -> None:
