@@ -157,7 +157,11 @@ def merge_group_probs(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor
     _check_width(logits, groups)
     logits = at_least_float32(logits)
     objectness = logits[:, :2].softmax(dim=1)
-    probs = _exponentials(logits, groups)
+    probs = logits.clone()
+    for columns in groups.group_slices:
+        part = probs[:, columns]
+        part -= _greatest(part)
+    probs = _exp_(probs)
     if probs.requires_grad:
         probs = probs.clone()  # autograd keeps the exponentials; they must not be scaled in place
     probs[:, :2] = objectness
@@ -258,7 +262,7 @@ def _group_softmaxes(
             else:
                 part, slot, mask, out = part.index_select(0, rows), slot[rows], None, None
         target = slot.unsqueeze(1)
-        exponents = _below_greatest(part, out)
+        exponents = torch.sub(part, _greatest(part), out=out)
         target_exponents = exponents.gather(1, target)
         exponentials = _exp_(exponents)
         softmaxes.append(
@@ -274,22 +278,9 @@ def _group_softmaxes(
     return gradient, softmaxes
 
 
-def _exponentials(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
-    """Exponentials of all logits (R, C) less the greatest of their group."""
-    exponents = torch.empty_like(logits)
-    outs = exponents.split(groups.widths, dim=1)
-    differentiate = torch.is_grad_enabled() and logits.requires_grad
-    if differentiate:  # which outputs that are given would rule out
-        outs = [None] * len(outs)
-    parts = zip(logits.split(groups.widths, dim=1), outs, strict=True)
-    parts = [_below_greatest(part, out) for part, out in parts]
-    # At once for all groups, since it is faster where memory is contiguous.
-    return _exp_(torch.cat(parts, dim=1) if differentiate else exponents)
-
-
-def _below_greatest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of a group less the greatest, so that no exponential overflows."""
-    return torch.sub(logits, logits.detach().amax(dim=1, keepdim=True), out=out)
+def _greatest(logits: torch.Tensor) -> torch.Tensor:
+    """The greatest logit of each RoI (R, 1); less that, no logit's exponential overflows."""
+    return logits.detach().amax(dim=1, keepdim=True)
 
 
 def _exp_(tensor: torch.Tensor) -> torch.Tensor:
