@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ..engine.comparison import Run
+from ..engine.comparison import BASELINE, Run
 from .plots import plot_methods
 
 __all__ = ["MEASURES", "summarize", "write_report"]
@@ -26,11 +26,14 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
 
     Returns:
         For each method, best bAP first: its name, what was trained, its seeds, seconds (mean) and
-        for each measure {"mean", "std"} in percent; std is None for one seed.
+        for each measure {"mean", "std"} in percent; std is None for one seed. ``gain`` likewise is
+        that of bAP over the baseline, seed by seed, where the baseline is among the runs: runs of a
+        seed start from the same detector, so it varies less than they do.
     """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
+    baseline = {run.seed: run.results()[task].get("bAP") for run in by_method.get(BASELINE, ())}
     rows = []
     for method, of_method in by_method.items():
         metrics = [run.results()[task] for run in of_method]
@@ -42,6 +45,12 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
                 "seeds": sorted(run.seed for run in of_method),
                 "seconds": statistics.mean(seconds) if seconds else None,
                 **{name: _mean_and_std([m.get(name) for m in metrics]) for name in MEASURES},
+                "gain": _mean_and_std(
+                    [
+                        _difference(m.get("bAP"), baseline.get(run.seed))
+                        for run, m in zip(of_method, metrics, strict=True)
+                    ]
+                ),
             }
         )
     return sorted(rows, key=lambda row: -(row["bAP"]["mean"] or row["AP"]["mean"] or -math.inf))
@@ -66,20 +75,21 @@ def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbo
                 row["method"],
                 row["trained"],
                 len(row["seeds"]),
-                *(_cell(row[name]) for name in MEASURES),
+                *(_cell(row[name]) for name in (*MEASURES, "gain")),
                 "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
             ]
             for row in rows
         ],
-        headers=["method", "trained", "seeds", *MEASURES, "minutes"],
+        headers=["method", "trained", "seeds", *MEASURES, "gain", "minutes"],
         tablefmt="github",
         disable_numparse=True,
     )
     kind = {"bbox": "box", "segm": "mask"}[task]
     note = (
         f"Measured {kind} AP in %, mean ± standard deviation over seeds. AP1..AP4: classes by "
-        "training instances (0-9, 10-99, 100-999, 1000+); bAP: their mean. Minutes: training or "
-        "fitting, without evaluation and, where it starts from the baseline, without that."
+        "training instances (0-9, 10-99, 100-999, 1000+); bAP: their mean; gain: of bAP over the "
+        "baseline of the same seed. Minutes: training or fitting, without evaluation and, where it "
+        "starts from the baseline, without that."
     )
     text = f"# {title}\n\n{table}\n\n{note}\n"
     (output / "comparison.md").write_text(text)
@@ -101,6 +111,10 @@ def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
         "mean": statistics.mean(known) if known else None,
         "std": statistics.stdev(known) if len(known) > 1 else None,
     }
+
+
+def _difference(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
 
 
 def _cell(value: dict[str, float | None]) -> str:

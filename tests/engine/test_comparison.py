@@ -39,6 +39,7 @@ class Machine:
             measures = dict.fromkeys(("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP"), 10.0)
             seed = int(command[command.index("SEED") + 1])
             measures |= {"AP": 20.0 + seed, "APr": None, "APc": 3.0, "APf": 4.0}
+            measures["bAP"] = 10.0 * seed + (seed if "bags" in str(folder) else 0)
             (folder / "results.json").write_text(json.dumps({"bbox": measures}))
         return 60.0
 
@@ -131,6 +132,10 @@ def test_the_report_has_means_over_seeds_and_every_run(comparison, tmp_path):
     assert rows["bags"]["AP"]["mean"] == 21.5
     assert rows["bags"]["APr"] == {"mean": None, "std": None}
     assert rows["bags"]["seeds"] == [1, 2]
+    # Of bAP 11 and 22 over 10 and 20 of the same seeds.
+    assert rows["bags"]["gain"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5)}
+    assert rows[BASELINE]["gain"] == {"mean": 0.0, "std": 0.0}
+    assert all(row["gain"]["mean"] is None for row in summarize(runs[3:]))
     table = write_report(runs, tmp_path, "Title")
     assert "22.0 ± 1.0" in table
     assert (tmp_path / "comparison.md").read_text() == table
