@@ -33,10 +33,14 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
-    baseline = {run.seed: run.results()[task].get("bAP") for run in by_method.get(BASELINE, ())}
+    metrics_of = {
+        method: {run.seed: run.results()[task] for run in of_method}
+        for method, of_method in by_method.items()
+    }
+    baseline = metrics_of.get(BASELINE, {})
     rows = []
     for method, of_method in by_method.items():
-        metrics = [run.results()[task] for run in of_method]
+        metrics = list(metrics_of[method].values())
         seconds = [run.seconds for run in of_method if run.seconds is not None]
         rows.append(
             {
@@ -47,8 +51,8 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
                 **{name: _mean_and_std([m.get(name) for m in metrics]) for name in MEASURES},
                 "gain": _mean_and_std(
                     [
-                        _difference(m.get("bAP"), baseline.get(run.seed))
-                        for run, m in zip(of_method, metrics, strict=True)
+                        _difference(m.get("bAP"), baseline.get(seed, {}).get("bAP"))
+                        for seed, m in metrics_of[method].items()
                     ]
                 ),
             }
