@@ -1,0 +1,234 @@
+"""The boundary to the file system: every file that is read as data or written passes here.
+
+Reading builds plain data only, whatever a file says. A file that is written appears under its name
+once it is whole, so that a kill or a full disk leaves the one before it. A lock keeps two processes
+from writing to one folder.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import gc
+import hashlib
+import json
+import math
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from detectron2.utils.file_io import PathManager
+
+from ..errors import BagsError, ConfigError, DataError, MissingFileError
+
+__all__ = [
+    "FolderInUseError",
+    "content_hash",
+    "dump_json",
+    "load_json",
+    "load_yaml",
+    "lock_folder",
+    "require_file",
+    "write_atomically",
+    "write_json",
+]
+
+
+class FolderInUseError(BagsError):
+    """Another process writes to the folder."""
+
+
+def require_file(path: str | os.PathLike) -> str:
+    """The local path of a regular file.
+
+    Args:
+        path: a path, or a URL that Detectron2's PathManager knows.
+
+    Raises:
+        MissingFileError: if it does not exist.
+        DataError: if it is something else, such as a folder or a named pipe.
+    """
+    local = PathManager.get_local_path(os.fspath(path))
+    try:
+        mode = os.stat(local).st_mode
+    except (OSError, ValueError):  # ValueError: a null byte in the path
+        raise MissingFileError(f"'{os.fspath(path)}' does not exist.") from None
+    if not stat.S_ISREG(mode):
+        raise DataError(f"'{os.fspath(path)}' is not a regular file; name one.")
+    return local
+
+
+def load_json(path: str | os.PathLike) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is truncated, nested too deeply or otherwise not JSON.
+    """
+    local = require_file(path)
+    # Millions of small objects are built and none of them is garbage.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with open(local, encoding="utf-8") as file:
+            return json.load(file)
+    # ValueError: malformed JSON or UTF-8, or a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"'{os.fspath(path)}' is not valid JSON ({error}); download or build it again."
+        ) from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """Parse a YAML file as plain data; tags that name Python objects are errors.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        ConfigError: if it is not such YAML.
+    """
+    with open(require_file(path), encoding="utf-8") as file:
+        try:
+            return yaml.safe_load(file)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"'{os.fspath(path)}' is not valid YAML ({detail}).") from None
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a file for writing that appears under its name once the block ends without an error.
+
+    ::
+
+        with write_atomically("results.csv") as file:
+            file.write(text)
+
+    Args:
+        path: a local path; its folder is created.
+        mode: "w" (UTF-8, newlines as they are) or "wb".
+
+    Raises:
+        DataError: if it cannot be written, as on a full disk; what stood there before stays.
+    """
+    path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the file, since a rename is atomic within a file system only.
+        descriptor, partial = tempfile.mkstemp(".partial", f".{path.name[:100]}.", path.parent)
+        with open(descriptor, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException as error:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+        if isinstance(error, OSError) and not isinstance(error, BagsError):
+            raise DataError(
+                f"'{path}' could not be written ({error.strerror or error}); free some space or "
+                "correct the path, and run the same command again."
+            ) from None
+        raise
+
+
+def dump_json(content: Any) -> str:
+    """Strict JSON, indented: NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write strict JSON (:func:`dump_json`) atomically.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    with write_atomically(path) as file:
+        file.write(dump_json(content))
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, computed once for each version of it.
+
+    Raises:
+        MissingFileError, DataError: if it is not a regular file.
+    """
+    local = require_file(path)
+    found = os.stat(local)
+    # The time of the last change of status cannot be set back, as that of the content can.
+    version = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _hash_of_version(os.path.abspath(local), version)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of_version(path: str, version: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go when the process ends, however it ends.
+
+    Args:
+        folder: a local folder, created if need be.
+
+    Raises:
+        FolderInUseError: if another process holds it.
+        DataError: if it cannot be written to.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise DataError(
+            f"'{os.fspath(folder)}' cannot be written to ({error.strerror}); name another folder."
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                yield  # a file system without locks
+                return
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            raise FolderInUseError(
+                f"'{os.fspath(folder)}' is in use by {holder}; wait for it to end, or name another "
+                "folder."
+            ) from None
+        command = " ".join(sys.argv)[:300]
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
