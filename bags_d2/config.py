@@ -101,6 +101,10 @@ def add_bags_config(cfg: CfgNode) -> None:
     # instances than this.
     cfg.DATALOADER.TAIL_MAX_COUNT = 100
 
+    # The classes of a test set are matched by name with those that the model was trained on, in any
+    # order. Where either has classes that the other lacks, evaluate those in common.
+    cfg.TEST.COMMON_CLASSES_ONLY = False
+
     # Also measure AP-fixed on LVIS: the best DETECTIONS_PER_CLASS of each class over the data set
     # count, however many an image has. TEST.DETECTIONS_PER_IMAGE should then be large; the usual
     # measures take the best 300 of an image in any case.

@@ -13,10 +13,10 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from pycocotools import mask as mask_util
 
-from ..data.json_files import load_json
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..evaluation.bins import bin_index
+from ..utils.files import load_json
 
 __all__ = ["Run", "read_run", "register_data_sets", "winning_groups"]
 

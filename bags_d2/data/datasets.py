@@ -1,43 +1,191 @@
-"""Registration of data sets in LVIS format, and of the built-in ones."""
+"""Registration of data sets of annotation files, and of the built-in ones."""
 
 import functools
 import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
-from .class_counts import missing_dataset_message
+from .annotations import AnnotationSet, read_annotations
 from .glyphs import PRESETS
-from .json_files import load_json
 from .lvis_v1 import lvis_v1_counts
 
 __all__ = [
+    "adopt",
+    "class_names",
+    "dataset_annotations",
+    "load_annotation_file",
     "load_lvis_format",
+    "missing_dataset_message",
+    "register_annotation_file",
     "register_builtin_datasets",
     "register_from_config",
     "register_lvis_format",
 ]
 
+KINDS = ("coco", "lvis")
+
+# Where Detectron2's own loaders of annotation files are defined, which register_coco_instances,
+# register_lvis_instances and the built-in data sets use.
+_DETECTRON2_LOADERS = {
+    "detectron2.data.datasets.coco": "coco",
+    "detectron2.data.datasets.lvis": "lvis",
+}
+
+# Where to get the annotations of the data sets that Detectron2 registers, by name prefix.
+_SOURCES = {
+    "lvis": "download it from https://www.lvisdataset.org/dataset",
+    "coco": "download it from https://cocodataset.org/#download",
+    "glyphs": "build it with 'python tools/build_glyphs.py {preset}'",
+}
+
+
+def register_annotation_file(name: str, kind: str, json_file: str, image_root: str) -> None:
+    """Register a data set of an annotation file, to be read when the data set is used.
+
+    Args:
+        name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        kind: "coco" or "lvis": where images are found, and by which measures they are evaluated.
+        json_file: the annotation file, with classes of any kind and ids of any numbering.
+        image_root: folder that the images' paths start from.
+    """
+    DatasetCatalog.register(
+        name, functools.partial(load_annotation_file, json_file, image_root, name, kind)
+    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
+    if MetadataCatalog.get(name).get("evaluator_type") is None:
+        MetadataCatalog.get(name).set(evaluator_type=kind)
+
 
 def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
     """Register a data set with annotations in LVIS (v0.5 or v1) format, with classes of any kind.
 
-    Detectron2's own ``register_lvis_instances`` knows the classes of LVIS alone; this one takes
-    them from the file, with category ids of any numbering.
+    Detectron2's own ``register_lvis_instances`` knows the classes of LVIS alone.
 
     Args:
-        name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        json_file: the annotation file; need not exist before the data set is used.
-        image_root: folder that the images' paths start from.
+        name: as for :func:`register_annotation_file`.
+        json_file: likewise.
+        image_root: likewise.
     """
-    DatasetCatalog.register(
-        name, functools.partial(load_lvis_format, json_file, image_root, dataset_name=name)
-    )
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="lvis")
+    register_annotation_file(name, "lvis", json_file, image_root)
+
+
+def load_annotation_file(
+    json_file: str, image_root: str, dataset_name: str, kind: str
+) -> list[dict]:
+    """Load an annotation file as Detectron2's records, and set the class names in the metadata.
+
+    Args:
+        json_file: the annotation file.
+        image_root: folder that the images' paths start from.
+        dataset_name: name of the data set, for the metadata.
+        kind: "coco" or "lvis"; see :meth:`AnnotationSet.records`.
+
+    Returns:
+        One record for each image, in the order of image ids.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if something in it has no meaning.
+    """
+    annotations = _read(json_file, dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("thing_classes") is None:
+        metadata.set(thing_classes=list(annotations.names))
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        classes = {i: c for c, i in enumerate(annotations.categories.outside)}
+        metadata.set(thing_dataset_id_to_contiguous_id=classes)
+    return annotations.records(image_root, lvis=kind == "lvis")
+
+
+def load_lvis_format(json_file: str, image_root: str, dataset_name: str) -> list[dict]:
+    """:func:`load_annotation_file` of a file in LVIS format."""
+    return load_annotation_file(json_file, image_root, dataset_name, "lvis")
+
+
+def adopt(name: str) -> None:
+    """Let a data set whose annotation file Detectron2 would read be read by this package.
+
+    Detectron2's loaders check little, and numbers of objects would differ from those counted.
+    Data sets with a loading function of their own are left alone.
+
+    Args:
+        name: a data set, registered or not.
+    """
+    if name in DatasetCatalog:
+        loader = DatasetCatalog[name]
+        kind = _DETECTRON2_LOADERS.get(getattr(loader, "__module__", None))
+        if kind is not None:
+            metadata = MetadataCatalog.get(name)
+            DatasetCatalog.remove(name)
+            register_annotation_file(name, kind, metadata.json_file, metadata.image_root)
+
+
+def dataset_annotations(name: str) -> AnnotationSet | None:
+    """The annotation file that a data set is loaded from; None if its loader is the user's own.
+
+    Args:
+        name: a registered data set.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if something in it has no meaning, or its classes are not those registered.
+    """
+    adopt(name)
+    loader = DatasetCatalog[name]
+    if getattr(loader, "func", None) is not load_annotation_file:
+        return None
+    return _read(loader.args[0], name)
+
+
+def class_names(name: str) -> list[str]:
+    """Names of a data set's classes, in contiguous order.
+
+    Args:
+        name: a registered data set.
+
+    Raises:
+        MissingFileError: if its annotation file does not exist.
+        DataError: if that is faulty, or a loader of the user's own sets no names.
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        annotations = dataset_annotations(name)
+        if annotations is not None:
+            return list(annotations.names)
+        DatasetCatalog.get(name)  # which may set them
+    if metadata.get("thing_classes") is None:
+        raise DataError(
+            f"Data set '{name}' has no class names; set 'thing_classes' in its metadata."
+        )
+    return list(metadata.thing_classes)
+
+
+def missing_dataset_message(dataset_name: str, path: str) -> str:
+    """One sentence that names a missing data file and where to get it."""
+    for prefix, source in _SOURCES.items():
+        if dataset_name.startswith(prefix):
+            preset = dataset_name.rpartition("_")[0]
+            remedy = f"{source.format(preset=preset)}, or set DETECTRON2_DATASETS to its folder"
+            break
+    else:
+        remedy = "correct the path under which the data set is registered"
+    return f"'{path}' of data set '{dataset_name}' does not exist; {remedy}."
+
+
+def _read(json_file: str, dataset_name: str) -> AnnotationSet:
+    if not os.path.exists(PathManager.get_local_path(json_file)):
+        raise MissingFileError(missing_dataset_message(dataset_name, json_file))
+    annotations = read_annotations(json_file)
+    registered = MetadataCatalog.get(dataset_name).get("thing_classes")
+    if registered is not None and len(registered) != len(annotations.names):
+        raise DataError(
+            f"'{json_file}' has {len(annotations.names)} categories but data set '{dataset_name}' "
+            f"is registered with {len(registered)} names ('thing_classes'); correct either."
+        )
+    return annotations
 
 
 def register_from_config(rows: Sequence[Sequence[str]]) -> None:
@@ -52,7 +200,7 @@ def register_from_config(rows: Sequence[Sequence[str]]) -> None:
     """
     for row in rows:
         strings = isinstance(row, list | tuple) and all(isinstance(x, str) for x in row)
-        if not strings or len(row) != 4 or row[1] not in ("coco", "lvis"):
+        if not strings or len(row) != 4 or row[1] not in KINDS:
             raise ConfigError(
                 "DATASETS.REGISTER must hold rows of (name, 'coco' or 'lvis', annotation file, "
                 f"folder of images), found {row!r}."
@@ -60,72 +208,14 @@ def register_from_config(rows: Sequence[Sequence[str]]) -> None:
         name, kind, json_file, image_root = row
         if name in DatasetCatalog:
             known = MetadataCatalog.get(name)
-            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
+            files = (known.get("json_file"), known.get("image_root"), known.get("evaluator_type"))
+            if files != (json_file, image_root, kind):
                 raise ConfigError(
                     f"DATASETS.REGISTER: a data set '{name}' of other files is registered already; "
                     "choose another name."
                 )
-        elif kind == "coco":
-            register_coco_instances(name, {}, json_file, image_root)
         else:
-            register_lvis_format(name, json_file, image_root)
-
-
-def load_lvis_format(json_file: str, image_root: str, dataset_name: str) -> list[dict]:
-    """Load an LVIS-format JSON as Detectron2 records, and set the class names in the metadata.
-
-    Args:
-        json_file: the annotation file.
-        image_root: folder that the images' paths start from. An image stands at the last two
-            parts of its ``coco_url`` (split folder and file, as in LVIS v1), or at its
-            ``file_name`` where there is no URL.
-        dataset_name: name of the data set, for the metadata.
-
-    Returns:
-        One record for each image, in the order of image ids.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if it is not valid, or an annotation names an unknown image or category.
-    """
-    path = PathManager.get_local_path(json_file)
-    if not os.path.isfile(path):
-        raise MissingFileError(missing_dataset_message(dataset_name, json_file))
-    content = load_json(path)
-    try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        classes = [category["name"] for category in categories]
-        images = sorted(content["images"], key=lambda image: image["id"])
-        records = {image["id"]: _record(image, image_root) for image in images}
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"'{json_file}' is not an LVIS annotation file: 'categories' need id and name, "
-            f"'images' need id, height, width and coco_url or file_name ({error!r})."
-        ) from None
-
-    to_class = {category["id"]: i for i, category in enumerate(categories)}
-    MetadataCatalog.get(dataset_name).set(
-        thing_classes=classes, thing_dataset_id_to_contiguous_id=to_class
-    )
-    annotations = content.get("annotations", [])
-    for annotation in annotations:
-        try:
-            record = records[annotation["image_id"]]
-            instance = {
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": to_class[annotation["category_id"]],
-                "iscrowd": annotation.get("iscrowd", 0),
-            }
-        except KeyError as error:
-            raise DataError(
-                f"'{json_file}': annotation {annotation.get('id')} lacks a key or names an unknown "
-                f"image or category ({error})."
-            ) from None
-        if annotation.get("segmentation"):
-            instance["segmentation"] = annotation["segmentation"]
-        record["annotations"].append(instance)
-    return list(records.values())
+            register_annotation_file(name, kind, json_file, image_root)
 
 
 def register_builtin_datasets(root: str) -> None:
@@ -147,19 +237,3 @@ def register_builtin_datasets(root: str) -> None:
     MetadataCatalog.get("lvis_v1_train").set(
         class_instance_count=lvis_v1_counts()["instance_count"]
     )
-
-
-def _record(image: dict, image_root: str) -> dict:
-    if "coco_url" in image:
-        file_name = "/".join(image["coco_url"].split("/")[-2:])
-    else:
-        file_name = image["file_name"]
-    return {
-        "file_name": os.path.join(image_root, file_name),
-        "image_id": image["id"],
-        "height": image["height"],
-        "width": image["width"],
-        "neg_category_ids": image.get("neg_category_ids", []),
-        "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", []),
-        "annotations": [],
-    }

@@ -8,12 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    DatasetMapper,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from PIL import Image
@@ -21,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import DataError, MissingFileError
 from ..seeding import isolated_generators, step_seed
+from .build import training_records
 from .samplers import EpochOrder, EpochSampler, epoch_order
 
 __all__ = ["NamingDatasetMapper", "ResumableSampler", "build_resumable_loader"]
@@ -74,14 +70,7 @@ def build_resumable_loader(cfg: CfgNode, start_iter: int = 0):
     Raises:
         ConfigError, DataError: if the sampler is unknown, or has nothing to draw.
     """
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    records = training_records(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
     is_wide = [record["width"] > record["height"] for record in records]
     sampler = ResumableSampler(

@@ -12,9 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_bags_config
-from ..data.class_counts import missing_dataset_message
-from ..data.datasets import register_from_config
-from ..data.validation import check_dataset
+from ..data.build import check_dataset
+from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import ConfigError, MissingFileError
 
 __all__ = ["check_device", "check_files", "setup_cfg"]
@@ -98,11 +97,10 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
         )
     # Last, since it may take a while.
     if cfg.DATASETS.CHECK_ANNOTATIONS:
-        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         for name in () if eval_only else cfg.DATASETS.TRAIN:
-            check_dataset(name, num_classes)
+            check_dataset(cfg, name, training=True)
         for name in cfg.DATASETS.TEST:
-            check_dataset(name, num_classes, needs_annotations=False)
+            check_dataset(cfg, name, training=False)
 
 
 def _check_output_dir(folder: str) -> None:

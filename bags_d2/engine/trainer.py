@@ -6,6 +6,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -25,10 +26,11 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..data.class_counts import training_class_counts
+from ..data.build import test_records, training_records
+from ..data.class_counts import training_class_counts, training_class_names
 from ..data.class_record import ClassRecord
 from ..data.loader import NamingDatasetMapper, build_resumable_loader
-from ..errors import ConfigError, MissingFileError
+from ..errors import BagsError, ConfigError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
@@ -88,6 +90,7 @@ class BAGSTrainer(DefaultTrainer):
             classes=ClassRecord.of_training_set(cfg),
             trainer=weakref.proxy(self),
         )
+        _unwrapped(model).class_record = self.checkpointer.classes
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -107,8 +110,15 @@ class BAGSTrainer(DefaultTrainer):
         return model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As the parent's; the data go on where the checkpoint's run has had them."""
+        """Load a checkpoint; the images go on where the run that wrote it has had them.
+
+        Raises:
+            ConfigError: if its classes are those of the training set in another order.
+        """
         super().resume_or_load(resume=resume)
+        model, trained_on = _unwrapped(self.model), self.checkpointer.classes
+        _require_same_order(model.class_record, trained_on)
+        model.class_record = trained_on
         if self.start_iter > 0:
             self._trainer.reset_data_loader(
                 lambda: self.build_train_loader(self.cfg, self.start_iter)
@@ -131,14 +141,17 @@ class BAGSTrainer(DefaultTrainer):
             ConfigError: if there is no such sampler.
         """
         if cfg.DATALOADER.SAMPLER_TRAIN in _OTHER_SAMPLERS:
-            return build_detection_train_loader(cfg, mapper=NamingDatasetMapper(cfg, True))
+            mapper, records = NamingDatasetMapper(cfg, True), training_records(cfg)
+            return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
         return build_resumable_loader(cfg, start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's loader, with errors that name the image."""
         mapper = NamingDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_detection_test_loader(
+            test_records(cfg, dataset_name), mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -160,6 +173,7 @@ class BAGSTrainer(DefaultTrainer):
         dataset_name: str,
         output_folder: str,
         class_counts: torch.Tensor | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> DatasetEvaluator:
         """The evaluator of a data set's ``evaluator_type``, with AP per bin of training count.
 
@@ -168,9 +182,11 @@ class BAGSTrainer(DefaultTrainer):
             dataset_name: name of the evaluated data set.
             output_folder: for predictions and per-class tables.
             class_counts: training instances (K,); None leaves the bins out.
+            class_names: K names of the model's classes, by which the data set's are found; None if
+                they are in the data set's order.
 
         Raises:
-            ConfigError: if the data set is of another evaluator type.
+            ConfigError: if the data set is of another evaluator type, or has other classes.
         """
         kinds = {"lvis": LongTailLVISEvaluator, "coco": LongTailCOCOEvaluator}
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
@@ -179,7 +195,7 @@ class BAGSTrainer(DefaultTrainer):
                 f"Data set '{dataset_name}' has evaluator_type '{kind}'; supported are "
                 f"{sorted(kinds)}, set by its registration (docs/datasets.md)."
             )
-        options = {}
+        options = {"class_names": class_names, "common_classes_only": cfg.TEST.COMMON_CLASSES_ONLY}
         if cfg.TEST.LVIS_AP_FIXED:
             if kind != "lvis":
                 raise ConfigError(
@@ -213,11 +229,9 @@ class BAGSTrainer(DefaultTrainer):
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if evaluators is None:
-            counts = _evaluation_counts(cfg, model) if cfg.DATASETS.TEST else None
+            names, counts = _classes_of(cfg, model) if cfg.DATASETS.TEST else (None, None)
             evaluators = [
-                cls.build_evaluator(
-                    cfg, name, os.path.join(output_folder, name), class_counts=counts
-                )
+                cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
                 for name in cfg.DATASETS.TEST
             ]
         results = super().test(cfg, model, evaluators)
@@ -252,17 +266,51 @@ def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _evaluation_counts(cfg: CfgNode, model: nn.Module) -> torch.Tensor | None:
-    """Training instances of each class: as the checkpoint remembers them, else counted."""
-    for module in _modules(model, ClassGroups, ClassCounts):
-        remembered = module.class_counts.cpu()
-        if cfg.MODEL.BAGS.COUNT_BY == "instances" and bool((remembered >= 0).all()):
-            return remembered
-    try:
-        return training_class_counts(cfg, by="instances")
-    except MissingFileError as error:
-        logger.warning("AP per bin of training instances is left out: %s", error)
-        return None
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel``."""
+    return getattr(model, "module", model)
+
+
+def _require_same_order(loaded: ClassRecord, trained_on: ClassRecord) -> None:
+    """Raise ConfigError for a checkpoint whose per-class weights would go to other classes."""
+    if loaded.names is None or trained_on.names is None or loaded.names == trained_on.names:
+        return
+    if sorted(loaded.names) == sorted(trained_on.names):
+        raise ConfigError(
+            "The checkpoint (MODEL.WEIGHTS) has the training set's classes in another order, so "
+            "its weights would go to other classes; list the categories of DATASETS.TRAIN in the "
+            f"checkpoint's order, which begins with {list(loaded.names[:3])}."
+        )
+    logger.warning(
+        "The checkpoint was trained on other classes than those of DATASETS.TRAIN; what it has "
+        "learned for each class goes to the class of the same number."
+    )
+
+
+def _classes_of(cfg: CfgNode, model: nn.Module) -> tuple[list[str] | None, torch.Tensor | None]:
+    """Names and training instances of the model's classes; None for what is not known.
+
+    What the checkpoint remembers takes precedence over the training set, which need not be there.
+    """
+    records = [m.class_record for m in model.modules() if hasattr(m, "class_record")]
+    record = records[0] if records else ClassRecord()
+    names, counts = record.names, record.training_instances
+    if cfg.MODEL.BAGS.COUNT_BY == "instances":
+        for module in _modules(model, ClassGroups, ClassCounts):
+            if bool((module.class_counts >= 0).all()):
+                counts = module.class_counts.tolist()
+    if names is None:
+        try:
+            names = training_class_names(cfg)
+        except (BagsError, KeyError) as error:
+            logger.warning("Classes are taken to be in the order of the data set: %s", error)
+    if counts is None:
+        try:
+            counts = training_class_counts(cfg, by="instances").tolist()
+        except BagsError as error:
+            logger.warning("AP per bin of training instances is left out: %s", error)
+    names = names if names is not None and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
+    return names, None if counts is None else torch.tensor(counts)
 
 
 def _nan_to_none(results):

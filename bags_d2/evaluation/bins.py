@@ -21,7 +21,6 @@ __all__ = [
     "bin_index",
     "bin_table",
     "check_class_counts",
-    "contiguous_classes",
     "per_class_ap",
     "write_per_class_csv",
 ]
@@ -131,34 +130,6 @@ def check_class_counts(
             "classes: pass one training instance count per class, in contiguous class order."
         )
     return counts
-
-
-def contiguous_classes(
-    category_ids: Sequence[int], id_map: Mapping[int, int] | None, json_file: str
-) -> np.ndarray:
-    """Find the contiguous class (Detectron2's `pred_classes`) of each category of a data set.
-
-    Args:
-        category_ids: (K,) category ids of the annotation file, ascending.
-        id_map: the data set's `thing_dataset_id_to_contiguous_id`. None means Detectron2's rule
-            for LVIS: classes follow the category ids in ascending order.
-        json_file: the annotation file, named in the error.
-
-    Returns:
-        (K,) class of each category, a permutation of 0..K-1.
-
-    Raises:
-        DataError: if the map is not one-to-one between the file's categories and 0..K-1.
-    """
-    if id_map is None:
-        return np.arange(len(category_ids))
-    if set(id_map) != set(category_ids) or set(id_map.values()) != set(range(len(category_ids))):
-        raise DataError(
-            f"thing_dataset_id_to_contiguous_id must map the {len(category_ids)} category ids of "
-            f"{json_file} one-to-one onto 0..{len(category_ids) - 1}: register the data set with "
-            "this file's categories."
-        )
-    return np.array([id_map[category_id] for category_id in category_ids], dtype=np.int64)
 
 
 def bin_table(

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pycocotools.mask as mask_utils
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -26,7 +25,6 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from hotcoco import COCOeval, StreamingEval
 
-from ..data.json_files import load_json
 from ..errors import ConfigError, DataError
 from .ap_fixed import BestDetections, run_without_image_cap
 from .bins import (
@@ -35,15 +33,13 @@ from .bins import (
     balanced_ap,
     bin_index,
     bin_table,
-    check_class_counts,
-    contiguous_classes,
     per_class_ap,
     write_per_class_csv,
 )
+from .ground_truth import GroundTruth
 
 __all__ = [
     "AnnotationError",
-    "LVISGroundTruth",
     "LVISResult",
     "LongTailLVISEvaluator",
     "PredictionError",
@@ -58,84 +54,13 @@ MAX_DETS_LIMIT = 300
 
 _FREQUENCIES = ("r", "c", "f")
 _GEOMETRY_KEY = {"bbox": "bbox", "segm": "segmentation"}
-_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area")
-# lvis-api sets ground truth aside if it is marked "ignore" or lies outside the evaluated range of
-# areas. hotcoco reads the area only, so the mark becomes an area beyond the widest range, 1e10.
-_AREA_OF_IGNORED = 1e11
 
-
-class AnnotationError(DataError):
-    """The annotation file cannot be used for LVIS evaluation."""
+# What a faulty annotation file raises, under the name that evaluation has always exported.
+AnnotationError = DataError
 
 
 class PredictionError(DataError):
     """Predictions do not fit the annotation file, or are not numbers."""
-
-
-@dataclass(frozen=True)
-class LVISGroundTruth:
-    """An LVIS annotation file, indexed by image.
-
-    Attributes:
-        json_file: where it was read.
-        categories: in ascending id order, the order of every per-class result.
-        images: image id -> image entry.
-        annotations: image id -> its annotations of positive area. lvis-api passes over the others.
-    """
-
-    json_file: str
-    categories: list[dict]
-    images: dict[int, dict]
-    annotations: dict[int, list[dict]]
-
-    @classmethod
-    def load(cls, json_file: str | os.PathLike) -> LVISGroundTruth:
-        """Read and check an annotation file.
-
-        A file without annotations (a test set) is accepted as it is: see `has_annotations`.
-
-        Raises:
-            AnnotationError: if the file is missing or is not in LVIS format.
-        """
-        json_file = os.fspath(json_file)
-        path = PathManager.get_local_path(json_file)
-        if not os.path.isfile(path):
-            raise AnnotationError(
-                f"Annotation file {json_file} does not exist: download it, or correct json_file "
-                "where the data set is registered."
-            )
-        data = load_json(path)
-        if not isinstance(data, dict) or not {"images", "categories"} <= data.keys():
-            raise AnnotationError(
-                f"{json_file} is not an LVIS annotation file: it needs the keys 'images', "
-                "'categories' and 'annotations'."
-            )
-        if data.get("annotations"):
-            _check_lvis_format(data, json_file)
-
-        annotations = defaultdict(list)
-        for annotation in data.get("annotations", ()):
-            if annotation["area"] > 0:
-                annotations[annotation["image_id"]].append(annotation)
-        return cls(
-            json_file=json_file,
-            categories=sorted(data["categories"], key=lambda category: category["id"]),
-            images={image["id"]: image for image in data["images"]},
-            annotations=dict(annotations),
-        )
-
-    @property
-    def has_annotations(self) -> bool:
-        return bool(self.annotations)
-
-    @property
-    def category_ids(self) -> tuple[int, ...]:
-        return tuple(category["id"] for category in self.categories)
-
-    def instances_per_category(self) -> list[int]:
-        """Count the evaluated ground truth of each category."""
-        counts = Counter(a["category_id"] for anns in self.annotations.values() for a in anns)
-        return [counts[category_id] for category_id in self.category_ids]
 
 
 @dataclass(frozen=True)
@@ -144,8 +69,8 @@ class LVISResult:
 
     Attributes:
         metrics: AP, AP50, ..., AR@300 and, with training counts, AP1, ..., bAP.
-        ap: (K,) AP per category, in id order.
-        ap50: (K,) AP at IoU 0.5 per category.
+        ap: (C,) AP of each evaluated category, in id order.
+        ap50: (C,) AP at IoU 0.5.
     """
 
     metrics: dict[str, float]
@@ -177,33 +102,44 @@ def evaluate_lvis_predictions(
         max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
 
     Returns:
-        Measure -> percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, AP1.., bAP.
+        Measure -> percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300,
+        ARl@300, AP1.., bAP.
         NaN where nothing in the ground truth defines the measure.
 
     Raises:
-        AnnotationError: for an annotation file that is missing or not in LVIS format.
+        MissingFileError: if there is no such file.
         PredictionError: for unknown images or categories and non-finite numbers.
         ConfigError: for an unknown `iou_type` or `max_dets_per_image` out of range.
-        DataError: for class counts that do not fit. All of these are ValueErrors.
+        DataError: for an annotation file that is not in LVIS format, and class counts that do not
+            fit.
     """
     _check_tasks((iou_type,))
     _check_max_dets(max_dets_per_image)
-    ground_truth = LVISGroundTruth.load(json_file)
-    if not ground_truth.has_annotations:
-        raise AnnotationError(f"{json_file} has no annotations to evaluate against.")
-    if class_counts is not None:
-        class_counts = check_class_counts(class_counts, len(ground_truth.categories))
+    truth = GroundTruth(json_file)
+    if not truth.annotations.has_annotations:
+        raise DataError(f"'{truth.path}' has no annotations to evaluate against.")
+    truth.annotations.require_federated()
+    counts = None if class_counts is None else truth.training_instances(class_counts)
 
-    by_image: dict[int, list[Mapping]] = {image_id: [] for image_id in ground_truth.images}
+    images, categories = truth.annotations.images, truth.annotations.categories
+    by_image: list[list[dict]] = [[] for _ in range(len(images))]
     for detection in detections:
-        _check_image_id(detection["image_id"], ground_truth)
-        by_image[detection["image_id"]].append(detection)
-    stream = _new_stream(ground_truth, iou_type)
-    for image_id, image_detections in by_image.items():
-        _check_detections(image_detections, ground_truth, iou_type)
-        _update(stream, ground_truth, iou_type, image_id, image_detections, max_dets_per_image)
+        position = _image_position(detection["image_id"], truth)
+        category = categories.position(detection["category_id"])
+        if category is None:
+            raise PredictionError(
+                f"A detection in image {detection['image_id']} is of category "
+                f"{detection['category_id']}, which {truth.path} does not list; use the file's "
+                "category ids."
+            )
+        ids = {"image_id": images.inside[position], "category_id": categories.inside[category]}
+        by_image[position].append({**detection, **ids})
+    stream = StreamingEval(truth.category_rows(), iou_type, lvis_style=True)
+    for position, image_detections in enumerate(by_image):
+        _check_detections(image_detections, iou_type)
+        _update(stream, truth, iou_type, position, image_detections, max_dets_per_image)
     return _summarize(
-        stream.finalize(), ground_truth, class_counts, count_thresholds, f"AR@{max_dets_per_image}"
+        stream.finalize(), truth, counts, count_thresholds, f"@{max_dets_per_image}"
     ).metrics
 
 
@@ -230,6 +166,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         output_dir: str | None = None,
         *,
         class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        common_classes_only: bool = False,
         count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
         max_dets_per_image: int = MAX_DETS_LIMIT,
         detections_per_class: int | None = None,
@@ -241,8 +179,12 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             distributed: merge the processes' results; the main process evaluates. Otherwise
                 each process evaluates what it saw.
             output_dir: folder for the files above; None writes nothing.
-            class_counts: (K,) training instances per contiguous class; None leaves out AP1, AP2,
+            class_counts: (K,) training instances of the model's classes; None leaves out AP1, AP2,
                 ... and bAP.
+            class_names: K names of the model's classes, by which the data set's are found; None if
+                the model has the data set's classes in their order.
+            common_classes_only: evaluate the classes that the two have in common, instead of
+                refusing a data set of others.
             count_thresholds: bounds of the bins of AP1, AP2, ...
             max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
             detections_per_class: also measure AP-fixed (`evaluation/ap_fixed.py`), with this many
@@ -250,9 +192,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 sees all detections of an image, of which the detector should give many.
 
         Raises:
-            AnnotationError: for an annotation file that is missing or not in LVIS format.
-            DataError: for class counts or metadata that disagree with it.
-            ConfigError: for arguments out of range. All of these are ValueErrors.
+            MissingFileError: if the annotation file does not exist.
+            DataError: if it is not in LVIS format, or class counts or metadata disagree with it.
+            ConfigError: for arguments out of range, and classes that are not the model's.
         """
         if tasks is not None:
             _check_tasks(tasks)
@@ -269,22 +211,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             )
         self._detections_per_class = detections_per_class
 
-        metadata = MetadataCatalog.get(dataset_name)
-        if metadata.get("json_file") is None:
-            raise AnnotationError(
-                f"Data set '{dataset_name}' has no json_file in its metadata: register it with "
-                "its LVIS annotation file."
-            )
-        self._ground_truth = LVISGroundTruth.load(metadata.json_file)
-        category_ids = self._ground_truth.category_ids
-        classes = contiguous_classes(
-            category_ids,
-            metadata.get("thing_dataset_id_to_contiguous_id"),
-            self._ground_truth.json_file,
-        )
-        # The two orders of classes meet only here: predictions come in contiguous order, results
-        # leave in category id order.
-        self._category_of_class = np.array(category_ids)[np.argsort(classes)].tolist()
+        self._truth = GroundTruth.of_dataset(dataset_name, class_names, common_classes_only)
+        if self._truth.annotations.has_annotations:
+            self._truth.annotations.require_federated()
         self._class_counts = None
         if class_counts is None:
             logger.info(
@@ -292,13 +221,14 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 "instances of each class."
             )
         else:
-            self._class_counts = check_class_counts(class_counts, len(category_ids))[classes]
+            self._class_counts = self._truth.training_instances(class_counts)
             bin_index(self._class_counts, self._count_thresholds)  # reports bad values now
 
     def reset(self) -> None:
         """Forget all predictions, and start a new results file if one is written."""
         self._streams = {
-            task: _new_stream(self._ground_truth, task) for task in self._tasks or TASKS
+            task: StreamingEval(self._truth.category_rows(), task, lvis_style=True)
+            for task in self._tasks or TASKS
         }
         self._best = None
         if self._detections_per_class is not None:
@@ -324,8 +254,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             PredictionError: for unknown images or classes, non-finite numbers, and missing masks.
         """
         for model_input, output in zip(inputs, outputs, strict=True):
-            image_id = model_input["image_id"]
-            _check_image_id(image_id, self._ground_truth)
+            position = _image_position(model_input["image_id"], self._truth)
+            image_id = self._truth.annotations.images.inside[position]
             if image_id in self._seen:
                 logger.warning("Image %s came twice; its first detections stay.", image_id)
                 continue
@@ -341,10 +271,10 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             if has_masks or len(instances):
                 self._mask_presence.add(has_masks)
             detections = self._to_lvis_format(instances, image_id)
-            if self._ground_truth.has_annotations:
-                self._match(image_id, detections, has_masks)
+            if self._truth.annotations.has_annotations:
+                self._match(position, image_id, detections, has_masks)
             if self._writer is not None:
-                self._writer.write(detections)
+                self._writer.write(self._truth.with_file_ids(detections))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """Compute the measures of all processes' predictions.
@@ -367,10 +297,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             parts = comm.gather(parts[0], dst=0)
             if not comm.is_main_process():
                 return OrderedDict()
-        if not self._ground_truth.has_annotations:
-            logger.info(
-                "%s has no annotations, so nothing is evaluated.", self._ground_truth.json_file
-            )
+        if not self._truth.annotations.has_annotations:
+            logger.info("%s has no annotations, so nothing is evaluated.", self._truth.path)
             return OrderedDict()
 
         streams, best, seen, mask_presence = zip(*parts, strict=True)
@@ -382,7 +310,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 "AP-fixed: %d of %d classes have %d detections; more of them need a larger "
                 "TEST.DETECTIONS_PER_IMAGE.",
                 merged.num_full_classes(),
-                len(self._ground_truth.categories),
+                len(self._truth.positions),
                 merged.per_class,
             )
         results = OrderedDict()
@@ -394,21 +322,23 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     def _to_lvis_format(self, instances: Instances, image_id: int) -> list[dict]:
         classes = instances.pred_classes
-        num_classes = len(self._category_of_class)
-        if ((classes < 0) | (classes >= num_classes)).any():
+        if ((classes < 0) | (classes >= self._truth.num_classes)).any():
             raise PredictionError(
                 f"Image {image_id} has predicted classes from {int(classes.min())} to "
-                f"{int(classes.max())}, but {self._ground_truth.json_file} has the classes 0 to "
-                f"{num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to {num_classes}."
+                f"{int(classes.max())}, but {self._truth.path} has the classes 0 to "
+                f"{self._truth.num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to "
+                f"{self._truth.num_classes}."
             )
         finite = instances.scores.isfinite().all() and instances.pred_boxes.tensor.isfinite().all()
         _require_finite(finite, image_id)
-        detections = instances_to_coco_json(instances, image_id)
-        for detection in detections:
-            detection["category_id"] = self._category_of_class[detection["category_id"]]
+        detections = []
+        for detection in instances_to_coco_json(instances, image_id):
+            category_id = self._truth.category_of_class.get(detection["category_id"])
+            if category_id is not None:  # else of a class that is not evaluated
+                detections.append({**detection, "category_id": category_id})
         return detections
 
-    def _match(self, image_id: int, detections: list[dict], has_masks: bool) -> None:
+    def _match(self, position: int, image_id: int, detections: list[dict], has_masks: bool) -> None:
         for task, stream in self._streams.items():
             if task == "segm" and not has_masks:
                 if self._tasks is not None and detections:
@@ -417,9 +347,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                         "set MODEL.MASK_ON to True or leave the task out."
                     )
                 continue
-            _update(
-                stream, self._ground_truth, task, image_id, detections, self._max_dets_per_image
-            )
+            _update(stream, self._truth, task, position, detections, self._max_dets_per_image)
         if self._best is not None:
             self._best.add(image_id, detections)
 
@@ -428,38 +356,38 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         repeated = sum(map(len, seen)) - len(union)
         if repeated:
             logger.warning("%d images were processed by two processes; one counts.", repeated)
-        unseen = len(self._ground_truth.images) - len(union)
+        unseen = len(self._truth.annotations.images) - len(union)
         if unseen:
             logger.warning(
                 "%d of %d images were not processed and count as images without detections.",
                 unseen,
-                len(self._ground_truth.images),
+                len(self._truth.annotations.images),
             )
 
     def _evaluate_task(self, task: str, streams: Sequence[StreamingEval]) -> dict[str, float]:
         # When streams share an image, the last one counts. With all images empty in the first
         # stream, those that nobody processed are counted without knowing which they are.
-        empty = _new_stream(self._ground_truth, task)
-        for image_id in self._ground_truth.images:
-            _update(empty, self._ground_truth, task, image_id, (), self._max_dets_per_image)
+        empty = StreamingEval(self._truth.category_rows(), task, lvis_style=True)
+        for position in range(len(self._truth.annotations.images)):
+            _update(empty, self._truth, task, position, (), self._max_dets_per_image)
         evaluation = StreamingEval.merge([empty, *streams]).finalize()
-        return self._report(task, evaluation, f"AR@{self._max_dets_per_image}")
+        return self._report(task, evaluation, f"@{self._max_dets_per_image}")
 
     def _evaluate_fixed(self, task: str, best: BestDetections) -> dict[str, float]:
-        truth = self._ground_truth
+        truth, positions = self._truth, range(len(self._truth.annotations.images))
         evaluation = run_without_image_cap(
-            list(truth.images.values()),
-            truth.categories,
-            [a for image in truth.images for a in _ground_truth_of_image(truth, task, image)],
+            [truth.image_row(position, lvis=True) for position in positions],
+            truth.category_rows(),
+            [t for position in positions for t in truth.truths(position, task, lvis=True)],
             best,
             task,
         )
-        return self._report(f"{task}_fixed", evaluation, "AR")
+        return self._report(f"{task}_fixed", evaluation, "")
 
-    def _report(self, task: str, evaluation: COCOeval, recall_name: str) -> dict[str, float]:
+    def _report(self, task: str, evaluation: COCOeval, recall_suffix: str) -> dict[str, float]:
         """Summarise, log, and write the table of classes."""
         result = _summarize(
-            evaluation, self._ground_truth, self._class_counts, self._count_thresholds, recall_name
+            evaluation, self._truth, self._class_counts, self._count_thresholds, recall_suffix
         )
         logger.info("Evaluation results for %s:\n%s", task, create_small_table(result.metrics))
         if self._class_counts is not None:
@@ -468,8 +396,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         if self._output_dir:
             write_per_class_csv(
                 os.path.join(self._output_dir, f"per_class_{task}.csv"),
-                categories=self._ground_truth.categories,
-                validation_instances=self._ground_truth.instances_per_category(),
+                categories=self._truth.categories,
+                validation_instances=self._truth.instances,
                 ap=result.ap,
                 ap50=result.ap50,
                 class_counts=self._class_counts,
@@ -518,41 +446,20 @@ def _merge_best(best: Sequence[BestDetections], seen: Sequence[set[int]]) -> Bes
     return merged
 
 
-def _new_stream(ground_truth: LVISGroundTruth, iou_type: str) -> StreamingEval:
-    return StreamingEval(ground_truth.categories, iou_type, lvis_style=True)
-
-
 def _update(
     stream: StreamingEval,
-    ground_truth: LVISGroundTruth,
+    truth: GroundTruth,
     iou_type: str,
-    image_id: int,
+    position: int,
     detections: Sequence[Mapping],
     max_dets: int,
 ) -> None:
     """Match one image's detections (LVIS results format) with its ground truth."""
     stream.update(
-        [ground_truth.images[image_id]],
-        _ground_truth_of_image(ground_truth, iou_type, image_id),
+        [truth.image_row(position, lvis=True)],
+        truth.truths(position, iou_type, lvis=True),
         _prepare_detections(detections, iou_type, max_dets),
     )
-
-
-def _ground_truth_of_image(
-    ground_truth: LVISGroundTruth, iou_type: str, image_id: int
-) -> list[dict]:
-    annotations = []
-    for annotation in ground_truth.annotations.get(image_id, ()):
-        if iou_type == "segm" and "segmentation" not in annotation:
-            raise AnnotationError(
-                f"Annotation {annotation['id']} of {ground_truth.json_file} has no "
-                "'segmentation': masks cannot be evaluated, pass tasks=('bbox',)."
-            )
-        kept = {key: annotation[key] for key in (*_ANNOTATION_KEYS, _GEOMETRY_KEY[iou_type])}
-        if annotation.get("ignore"):
-            kept["area"] = _AREA_OF_IGNORED
-        annotations.append(kept)
-    return annotations
 
 
 def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: int) -> list[dict]:
@@ -583,10 +490,10 @@ def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: 
 
 def _summarize(
     evaluation: COCOeval,
-    ground_truth: LVISGroundTruth,
+    truth: GroundTruth,
     class_counts: np.ndarray | None,
     count_thresholds: Sequence[int],
-    recall_name: str,
+    recall_suffix: str,
 ) -> LVISResult:
     evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # (T, R, K, areas)
@@ -595,7 +502,7 @@ def _summarize(
     at_50, at_75 = (np.isclose(iou_thresholds, iou) for iou in (0.5, 0.75))
     every_size, small, medium, large = range(4)
     of_frequency = {
-        frequency: [c["frequency"] == frequency for c in ground_truth.categories]
+        frequency: [c["frequency"] == frequency for c in truth.categories]
         for frequency in _FREQUENCIES
     }
 
@@ -610,7 +517,10 @@ def _summarize(
             f"AP{frequency}": _percent(precision[:, :, classes, every_size])
             for frequency, classes in of_frequency.items()
         },
-        recall_name: _percent(recall[..., every_size]),
+        **{
+            f"AR{name}{recall_suffix}": _percent(recall[..., size])
+            for name, size in (("", every_size), ("s", small), ("m", medium), ("l", large))
+        },
     }
     ap = 100 * per_class_ap(precision[..., every_size])
     if class_counts is not None:
@@ -625,61 +535,23 @@ def _percent(values: np.ndarray) -> float:
     return 100 * float(defined.mean()) if defined.size else float("nan")
 
 
-def _check_lvis_format(data: Mapping, json_file: str) -> None:
-    # hotcoco takes missing federated lists for empty ones and goes on with other numbers.
-    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-        for image in data["images"]:
-            if key not in image:
-                raise AnnotationError(
-                    f"Image {image['id']} of {json_file} has no '{key}': evaluate COCO-format "
-                    "data sets with LongTailCOCOEvaluator, or add the key to every image."
-                )
-    for category in data["categories"]:
-        if category.get("frequency") not in _FREQUENCIES:
-            raise AnnotationError(
-                f"Category {category['id']} of {json_file} has no 'frequency' among 'r', 'c' and "
-                "'f': add the key to every category."
-            )
-    category_ids = {category["id"] for category in data["categories"]}
-    image_ids = {image["id"] for image in data["images"]}
-    for annotation in data["annotations"]:
-        missing = [key for key in _ANNOTATION_KEYS if key not in annotation]
-        if missing:
-            raise AnnotationError(
-                f"An annotation of {json_file} has no '{missing[0]}': add the key to every "
-                "annotation."
-            )
-        if annotation["category_id"] not in category_ids or annotation["image_id"] not in image_ids:
-            raise AnnotationError(
-                f"Annotation {annotation['id']} of {json_file} names a category or image that "
-                "the file does not list: correct its 'category_id' and 'image_id'."
-            )
-
-
-def _check_image_id(image_id: int, ground_truth: LVISGroundTruth) -> None:
-    if image_id not in ground_truth.images:
+def _image_position(image_id: int | str, truth: GroundTruth) -> int:
+    position = truth.annotations.images.position(image_id)
+    if position is None:
         raise PredictionError(
-            f"Predictions are for image {image_id}, which {ground_truth.json_file} does not list: "
-            "evaluate with the annotations of the data set that was predicted."
+            f"Predictions are for image {image_id}, which {truth.path} does not list: evaluate "
+            "with the annotations of the data set that was predicted."
         )
+    return position
 
 
-def _check_detections(
-    detections: Sequence[Mapping], ground_truth: LVISGroundTruth, iou_type: str
-) -> None:
+def _check_detections(detections: Sequence[Mapping], iou_type: str) -> None:
     geometry = _GEOMETRY_KEY[iou_type]
-    known = set(ground_truth.category_ids)
     for detection in detections:
         if geometry not in detection:
             raise PredictionError(
                 f"A detection in image {detection['image_id']} has no '{geometry}', which the "
                 f"evaluation of '{iou_type}' needs: add it, or evaluate the other type."
-            )
-        if detection["category_id"] not in known:
-            raise PredictionError(
-                f"A detection in image {detection['image_id']} is of category "
-                f"{detection['category_id']}, which {ground_truth.json_file} does not list: use "
-                "the file's category ids."
             )
     _check_finite(detections)
 

@@ -7,13 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bags_d2 import ClassGroups, ConfigError, DataError, MissingFileError
 from bags_d2.data import count_classes, read_class_counts, training_class_counts
-from bags_d2.data.class_counts import missing_dataset_message
+from bags_d2.data.datasets import missing_dataset_message
 
 # Ids with gaps and out of order; contiguous classes are cat 0, dog 1, owl 2, yak 3.
 CATEGORIES = {7: "dog", 2: "cat", 90: "yak", 31: "owl"}
@@ -27,10 +28,18 @@ def write_coco(tmp_path):
 
     def write(categories=CATEGORIES, annotations=ANNOTATIONS):
         content = {
-            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 5)],
+            "images": [
+                {"id": i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in (1, 5)
+            ],
             "categories": [{"id": i, "name": n} for i, n in categories.items()],
             "annotations": [
-                {"id": i, "image_id": im, "category_id": c, "iscrowd": crowd[0] if crowd else 0}
+                {
+                    "id": i,
+                    "image_id": im,
+                    "category_id": c,
+                    "bbox": [1, 2, 3, 4],
+                    "iscrowd": crowd[0] if crowd else 0,
+                }
                 for i, (im, c, *crowd) in enumerate(annotations)
             ],
         }
@@ -67,18 +76,33 @@ def test_annotation_files_are_counted_in_contiguous_order_without_crowds(
 ):
     lvis = register("counts_lvis", write_lvis(CATEGORIES, ANNOTATIONS))
     assert count_classes(lvis, by).tolist() == expected
-    coco = register("counts_coco", lambda: pytest.fail("the data set was loaded"))
-    MetadataCatalog.get(coco).set(json_file=write_coco())
-    counts = count_classes(coco, by)
+    counts = count_classes(register("counts_coco", write_coco()), by)
     assert counts.tolist() == expected
     assert counts.dtype == torch.long
 
 
-def test_classes_follow_the_id_map_of_the_metadata(write_coco, register):
-    name = register("counts_mapped", list)
-    id_map = {2: 3, 7: 2, 31: 1, 90: 0}
-    MetadataCatalog.get(name).set(json_file=write_coco(), thing_dataset_id_to_contiguous_id=id_map)
-    assert count_classes(name).tolist() == [2, 0, 1, 3]
+def test_a_loader_of_ones_own_is_counted_by_what_it_returns(write_coco, register):
+    """Training takes what it returns, whatever the file for the evaluator holds."""
+    name = register("counts_own", _records, thing_classes=["a", "b", "c"])
+    MetadataCatalog.get(name).set(json_file=write_coco())
+    assert count_classes(name).tolist() == [3, 0, 2]
+
+
+def test_registrations_of_detectron2_are_read_here(write_coco, register):
+    name = "counts_detectron2"
+    register_coco_instances(name, {}, write_coco(), "")
+    try:
+        assert count_classes(name).tolist() == [3, 1, 0, 2]
+        counted = Counter(
+            a["category_id"]
+            for record in DatasetCatalog.get(name)
+            for a in record["annotations"]
+            if not a["iscrowd"]
+        )
+        assert counted == {0: 3, 1: 1, 3: 2}
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_a_changed_file_is_counted_anew_and_results_are_independent(write_lvis, register):
@@ -145,7 +169,7 @@ def test_counting_a_file_is_counting_by_hand(write_lvis, register):
     annotation = st.tuples(st.integers(1, 4), st.sampled_from([3, 5, 8]), st.integers(0, 1))
 
     @settings(deadline=None, max_examples=30)
-    @given(st.lists(annotation, max_size=30))
+    @given(st.lists(annotation, min_size=1, max_size=30))
     def check(annotations):
         name = f"counts_by_hand_{next(numbers)}"
         path = write_lvis({8: "c", 3: "a", 5: "b"}, annotations, f"{name}.json")
@@ -161,23 +185,25 @@ def test_counting_a_file_is_counting_by_hand(write_lvis, register):
 
 # Faulty or missing data
 
+FAULTY = (
+    '{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 9}], "categories": [%s], '
+    '"annotations": %s}'
+)
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"annotations": [', "is not valid JSON"),
-        ("[]", "has no list 'annotations'"),
+        ("[]", "has no list 'images'"),
         ('{"annotations": []}', "has no list 'categories'"),
-        ('{"annotations": {}, "categories": []}', "has no list 'annotations'"),
+        (FAULTY % ('{"id": 1, "name": "cat"}', "{}"), "has no list 'annotations'"),
         (
-            '{"annotations": [{"id": 9, "image_id": 1, "category_id": 4}], "categories": []}',
+            FAULTY % ('{"id": 1, "name": "cat"}', '[{"id": 9, "image_id": 1, "category_id": 4}]'),
             r"annotation 9 .*\b4\b",
         ),
-        (
-            '{"annotations": [{"id": 9, "image_id": 1}], "categories": [{"id": 1}]}',
-            "annotation 9",
-        ),
-        ('{"annotations": [], "categories": [{"name": "cat"}]}', "categor"),
+        (FAULTY % ('{"id": 1, "name": "cat"}', '[{"id": 9, "image_id": 1}]'), "annotation 9"),
+        (FAULTY % ('{"name": "cat"}', "[]"), "categor"),
     ],
 )
 def test_a_faulty_annotation_file_is_named(tmp_path, register, content, message):
@@ -235,7 +261,7 @@ def test_counts_of_several_training_sets_are_summed(write_lvis, register, cfg_of
 )
 def test_training_sets_of_different_classes_are_refused(write_lvis, register, cfg_of, others):
     first = register("counts_first", write_lvis(CATEGORIES, ANNOTATIONS, "first.json"))
-    second = register("counts_second", write_lvis(others, [], "second.json"))
+    second = register("counts_second", write_lvis(others, [(1, min(others))], "second.json"))
     with pytest.raises(
         DataError, match="'counts_first' and 'counts_second' have different classes"
     ):

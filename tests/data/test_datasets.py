@@ -63,6 +63,7 @@ def test_records_of_a_file(lvis_file, register):
         "annotations": [],
     }
     annotations = second.pop("annotations")
+    annotations[0]["segmentation"] = [p.tolist() for p in annotations[0]["segmentation"]]
     assert second == {
         "file_name": "root/val2017/000000000007.jpg",
         "image_id": 7,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bags_d2.evaluation import ap_per_bin, balanced_ap, bin_index
-from bags_d2.evaluation.bins import bin_table, contiguous_classes, per_class_ap, write_per_class_csv
+from bags_d2.evaluation.bins import bin_table, per_class_ap, write_per_class_csv
 
 
 def slow_ap_per_bin(ap, counts, thresholds):
@@ -90,14 +90,6 @@ def test_per_class_ap_is_undefined_without_ground_truth():
     precision[..., 0] = 0.0
     precision[..., 2] = np.linspace(1, 0, 101)
     np.testing.assert_allclose(per_class_ap(precision), [0.0, np.nan, 0.5])
-
-
-def test_contiguous_classes():
-    assert contiguous_classes((3, 7, 9), None, "f.json").tolist() == [0, 1, 2]
-    assert contiguous_classes((3, 7, 9), {3: 2, 7: 0, 9: 1}, "f.json").tolist() == [2, 0, 1]
-    for wrong in ({3: 0, 7: 1}, {3: 0, 7: 1, 8: 2}, {3: 0, 7: 1, 9: 3}):
-        with pytest.raises(ValueError, match=r"one-to-one onto 0\.\.2"):
-            contiguous_classes((3, 7, 9), wrong, "f.json")
 
 
 def test_bin_table_shows_the_classes_behind_each_number():

@@ -1,0 +1,191 @@
+"""From the names of data sets in a config to checked records and to classes matched by name."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from ..errors import ConfigError, DataError
+from .annotations import AnnotationSet
+from .datasets import adopt, class_names, dataset_annotations
+
+__all__ = ["check_dataset", "evaluated_classes", "test_records", "training_records"]
+
+logger = logging.getLogger(__name__)
+
+
+def training_records(cfg: CfgNode) -> list[dict]:
+    """Records of the training images (``DATASETS.TRAIN``), in Detectron2's form.
+
+    Raises:
+        MissingFileError: if annotations do not exist.
+        DataError: if they are faulty, or training sets have different classes.
+        ConfigError: if proposals are to be loaded, which Detectron2 would unpickle.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS reads pickles (DATASETS.PROPOSAL_FILES_TRAIN), which can run any "
+            "code; set it to False and let the RPN propose."
+        )
+    names = cfg.DATASETS.TRAIN
+    keypoints = cfg.MODEL.KEYPOINT_ON
+    for name in () if keypoints else names:  # keypoints are Detectron2's to read
+        adopt(name)
+    first, *others = names
+    for name in others:
+        if class_names(name) != class_names(first):
+            raise DataError(
+                f"The training sets '{first}' and '{name}' have different classes; list only data "
+                "sets that share theirs in DATASETS.TRAIN."
+            )
+    return get_detection_dataset_dicts(
+        names,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoints else 0,
+        check_consistency=False,  # a table of a thousand classes; summaries are logged
+    )
+
+
+def test_records(cfg: CfgNode, name: str) -> list[dict]:
+    """Records of a test set; see :func:`training_records`."""
+    if not cfg.MODEL.KEYPOINT_ON:
+        adopt(name)
+    return get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+
+
+def check_dataset(cfg: CfgNode, name: str, *, training: bool) -> None:
+    """Check a data set before anything expensive starts.
+
+    A data set with a loading function of its own is not checked: loading may be expensive itself.
+
+    Args:
+        cfg: the config.
+        name: the data set.
+        training: whether it is trained on, or evaluated.
+
+    Raises:
+        MissingFileError: if its annotation file does not exist.
+        DataError: for the first fault of the file.
+        ConfigError: if a training set has another number of classes than the model.
+    """
+    annotations = dataset_annotations(name)
+    if annotations is None:
+        return
+    loader = DatasetCatalog[name]
+    annotations.require_file_names(lvis=loader.args[-1] == "lvis")
+    if training:
+        annotations.require_objects()
+        _check_number_of_classes(cfg, name, annotations)
+        _compare_registered_counts(name, annotations)
+    elif MetadataCatalog.get(name).evaluator_type == "lvis" and annotations.has_annotations:
+        annotations.require_federated()
+    if cfg.MODEL.MASK_ON:
+        annotations.require_masks(cfg.INPUT.MASK_FORMAT if training else "bitmask")
+
+
+def evaluated_classes(
+    json_file: str,
+    annotations: AnnotationSet,
+    metadata: Mapping,
+    model_names: Sequence[str] | None,
+    *,
+    in_common: bool = False,
+) -> np.ndarray:
+    """The model's class of each category of an evaluated file, matched by name.
+
+    Args:
+        json_file: the file, for messages.
+        annotations: its content; K categories.
+        metadata: of the data set; its names and id map, if it has any, say which class a category
+            is, else category ids are in the order of classes.
+        model_names: names of the model's classes in their order; None if unknown, then the data
+            set's own order stands.
+        in_common: ``TEST.COMMON_CLASSES_ONLY``.
+
+    Returns:
+        (K,) classes; -1 for a category that is not evaluated.
+
+    Raises:
+        ConfigError: if the two have different classes and not ``in_common``.
+        DataError: if the metadata contradict the file, or a name stands for several classes.
+    """
+    own = _own_classes(json_file, annotations, metadata)
+    if model_names is None:
+        return own
+    registered = metadata.get("thing_classes")
+    names = [registered[c] for c in own] if registered is not None else list(annotations.names)
+    model_names = list(model_names)
+    in_model_order = [model_names[c] if c < len(model_names) else None for c in own]
+    if len(names) == len(model_names) and names == in_model_order:
+        return own
+
+    twice = [n for ns in (names, model_names) for n, count in Counter(ns).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"'{json_file}' lists other classes than the model was trained on, and they cannot be "
+            f"matched by name, since {twice[0]!r} names several; give each a name of its own."
+        )
+    missing = sorted(set(model_names) - set(names))
+    extra = sorted(set(names) - set(model_names))
+    common = len(names) - len(extra)
+    if common == 0 or ((missing or extra) and not in_common):
+        differences = [
+            f"{len(some)} {what} (as {', '.join(map(repr, some[:3]))})"
+            for some, what in ((missing, "are missing"), (extra, "are unknown to the model"))
+            if some
+        ]
+        remedy = f"set TEST.COMMON_CLASSES_ONLY to True to evaluate the {common} in common"
+        if common == 0:
+            remedy = "evaluate on a data set of the model's classes"
+        raise ConfigError(
+            f"Of the classes of '{json_file}', compared by name with those that the model was "
+            f"trained on, {' and '.join(differences)}; {remedy}, or correct the names."
+        )
+    if missing or extra:
+        logger.warning(
+            "'%s': only the %d classes in common with the model are evaluated (TEST."
+            "COMMON_CLASSES_ONLY): %d of the model are missing, %d are unknown to it.",
+            *(json_file, common, len(missing), len(extra)),
+        )
+    else:
+        logger.warning(
+            "'%s' lists the model's classes in another order; they are matched by name.", json_file
+        )
+    class_of = {name: c for c, name in enumerate(model_names)}
+    return np.array([class_of.get(name, -1) for name in names], dtype=np.int64)
+
+
+def _own_classes(json_file: str, annotations: AnnotationSet, metadata: Mapping) -> np.ndarray:
+    ids = annotations.categories.outside
+    id_map = metadata.get("thing_dataset_id_to_contiguous_id")
+    if id_map is None:
+        return np.arange(len(ids))
+    if set(id_map) != set(ids) or set(id_map.values()) != set(range(len(ids))):
+        raise DataError(
+            f"thing_dataset_id_to_contiguous_id must map the {len(ids)} category ids of "
+            f"'{json_file}' one-to-one onto 0..{len(ids) - 1}; register the data set with this "
+            "file's categories."
+        )
+    return np.array([id_map[i] for i in ids], dtype=np.int64)
+
+
+def _check_number_of_classes(cfg: CfgNode, name: str, annotations: AnnotationSet) -> None:
+    found, expected = len(annotations.names), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if found != expected:
+        raise ConfigError(
+            f"Data set '{name}' has {found} classes but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
+            f"set it to {found}."
+        )
+
+
+def _compare_registered_counts(name: str, annotations: AnnotationSet) -> None:
+    registered = MetadataCatalog.get(name).get("class_instance_count")
+    if registered is not None and list(registered) != annotations.instance_counts().tolist():
+        logger.warning(
+            "The instance counts that data set '%s' is registered with (class_instance_count) are "
+            "not those of '%s'; groups and losses follow the registered ones.",
+            *(name, annotations.path),
+        )
