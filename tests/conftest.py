@@ -102,9 +102,17 @@ def write_lvis(tmp_path):
     def write(categories, annotations, name="annotations.json", **extra):
         images = sorted({image for image, *_ in annotations})
         content = {
-            "categories": [{"id": i, "name": n} for i, n in categories.items()],
+            "categories": [{"id": i, "name": n, "frequency": "f"} for i, n in categories.items()],
             "images": [
-                {"id": i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in images
+                {
+                    "id": i,
+                    "file_name": f"{i}.jpg",
+                    "height": 20,
+                    "width": 30,
+                    "neg_category_ids": [],
+                    "not_exhaustive_category_ids": [],
+                }
+                for i in images
             ],
             "annotations": [
                 {

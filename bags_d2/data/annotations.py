@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 Id = int | str
 
-# Beyond the widest range of areas that COCO's and LVIS's evaluations look at, 1e10. What has such
-# an area is set aside, which is the one way to ignore a region that both follow.
-AREA_OF_IGNORED = 1e11
+# In pixels; COCO's and LVIS's evaluations set aside what is larger. It is also the one way of having
+# a region ignored that both follow.
+MAX_AREA = 1e10
+AREA_OF_IGNORED = 10 * MAX_AREA
 
 # Sides in pixels, within the image, under which a box encloses nothing: Detectron2's mapper drops
 # such boxes, and float32 coordinates of large images are not much finer.
@@ -337,7 +338,7 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
     image_rows = sorted(image_rows, key=lambda row: images.position(row["id"]))
     image_rows = [_image(path, row, categories) for row in image_rows]
     frequencies = [row.get("frequency") for row in category_rows]
-    result = AnnotationSet(
+    return AnnotationSet(
         path=path,
         images=images,
         categories=categories,
@@ -347,8 +348,6 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
         has_annotations=bool(annotations),
         **_columns(path, annotations, image_rows, images, categories),
     )
-    logger.info("'%s': %s.", path, result.summary)
-    return result
 
 
 def _section(path: str, content: Mapping, name: str) -> list:
@@ -432,7 +431,7 @@ def _columns(
         if min(sides) < MIN_SIDE:
             empty.append(annotation["id"])
             continue
-        if not 0 < area < math.inf:
+        if not 0 < area <= MAX_AREA:
             unmeasured.append(len(ids))
         try:
             # Numbers by value: an object kept of every annotation would keep Python from giving
@@ -450,8 +449,7 @@ def _columns(
     masks.close()
     for row in unmeasured:
         w, h = boxes[4 * row + 2 : 4 * row + 4]
-        # Bounded, so that it is within the widest range of areas.
-        areas[row] = min(masks.area(row, image_rows[image_index[row]]) or w * h, 1e10)
+        areas[row] = min(masks.area(row, image_rows[image_index[row]]) or w * h, MAX_AREA)
 
     is_crowd, is_ignored = np.array(crowd, dtype=bool), np.array(ignored, dtype=bool)
     num_objects = int((~(is_crowd | is_ignored)).sum())

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 
 from ..errors import ConfigError, DataError
 from .annotations import AnnotationSet
-from .datasets import adopt, class_names, dataset_annotations
+from .datasets import class_names, dataset_annotations
 
 __all__ = ["check_dataset", "evaluated_classes", "test_records", "training_records"]
 
@@ -33,7 +33,7 @@ def training_records(cfg: CfgNode) -> list[dict]:
     names = cfg.DATASETS.TRAIN
     keypoints = cfg.MODEL.KEYPOINT_ON
     for name in () if keypoints else names:  # keypoints are Detectron2's to read
-        adopt(name)
+        _adopt_and_summarize(name)
     first, *others = names
     for name in others:
         if class_names(name) != class_names(first):
@@ -52,7 +52,7 @@ def training_records(cfg: CfgNode) -> list[dict]:
 def test_records(cfg: CfgNode, name: str) -> list[dict]:
     """Records of a test set; see :func:`training_records`."""
     if not cfg.MODEL.KEYPOINT_ON:
-        adopt(name)
+        _adopt_and_summarize(name)
     return get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
 
 
@@ -156,6 +156,12 @@ def evaluated_classes(
         )
     class_of = {name: c for c, name in enumerate(model_names)}
     return np.array([class_of.get(name, -1) for name in names], dtype=np.int64)
+
+
+def _adopt_and_summarize(name: str) -> None:
+    annotations = dataset_annotations(name) if name in DatasetCatalog else None
+    if annotations is not None:
+        logger.info("Data set '%s': %s.", name, annotations.summary)
 
 
 def _own_classes(json_file: str, annotations: AnnotationSet, metadata: Mapping) -> np.ndarray:

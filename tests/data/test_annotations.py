@@ -243,7 +243,7 @@ SET_ASIDE = {
 def test_what_is_left_out_is_left_out_everywhere(row, kind, data_set, cfg_of, log_lines):
     data = edited(SET_ASIDE[row], "train", kind)
     name = data_set(data, kind)
-    lines = log_lines("bags_d2.data.annotations")
+    lines = log_lines("bags_d2.data.build")
     expected = Counter(dict(enumerate(COUNTS["train"])))
     expected[data["annotations"][0]["category_id"] - 1] -= 1
     assert counted(name) == trained_on(cfg_of([name])) == evaluated(name, kind) == expected
