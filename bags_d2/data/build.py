@@ -12,7 +12,13 @@ from ..errors import ConfigError, DataError
 from .annotations import AnnotationSet
 from .datasets import class_names, dataset_annotations
 
-__all__ = ["check_dataset", "evaluated_classes", "test_records", "training_records"]
+__all__ = [
+    "check_dataset",
+    "check_datasets",
+    "evaluated_classes",
+    "test_records",
+    "training_records",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,26 @@ def test_records(cfg: CfgNode, name: str) -> list[dict]:
     if not cfg.MODEL.KEYPOINT_ON:
         _adopt_and_summarize(name)
     return get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+
+
+def check_datasets(cfg: CfgNode, *, training: bool) -> None:
+    """Check the data sets of a config: those that are evaluated, and those that are trained on.
+
+    Raises:
+        MissingFileError, DataError, ConfigError: see :func:`check_dataset`; also if a test set has
+            other classes than the training set.
+    """
+    for name in cfg.DATASETS.TRAIN if training else ():
+        check_dataset(cfg, name, training=True)
+    for name in cfg.DATASETS.TEST:
+        check_dataset(cfg, name, training=False)
+        annotations = dataset_annotations(name)
+        if training and annotations is not None:
+            evaluated_classes(
+                *(annotations.path, annotations, MetadataCatalog.get(name)),
+                class_names(cfg.DATASETS.TRAIN[0]),
+                in_common=cfg.TEST.COMMON_CLASSES_ONLY,
+            )
 
 
 def check_dataset(cfg: CfgNode, name: str, *, training: bool) -> None:

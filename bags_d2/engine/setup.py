@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_bags_config
-from ..data.build import check_dataset
+from ..data.build import check_datasets
 from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import ConfigError, MissingFileError
 
@@ -97,10 +97,7 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
         )
     # Last, since it may take a while.
     if cfg.DATASETS.CHECK_ANNOTATIONS:
-        for name in () if eval_only else cfg.DATASETS.TRAIN:
-            check_dataset(cfg, name, training=True)
-        for name in cfg.DATASETS.TEST:
-            check_dataset(cfg, name, training=False)
+        check_datasets(cfg, training=not eval_only)
 
 
 def _check_output_dir(folder: str) -> None:

@@ -18,9 +18,10 @@ from small_set import COUNTS, NAMES, SIDE, each, edited, write
 from bags_d2 import BagsError, BAGSTrainer, ConfigError, DataError
 from bags_d2.data import count_classes
 from bags_d2.data.annotations import Ids, read_annotations
-from bags_d2.data.build import check_dataset, training_records
+from bags_d2.data.build import check_dataset, check_datasets, training_records
 from bags_d2.data.datasets import register_annotation_file
 from bags_d2.data.loader import NamingDatasetMapper
+from bags_d2.engine import LongTailCheckpointer
 from bags_d2.evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from bags_d2.evaluation.ground_truth import GroundTruth
 
@@ -607,6 +608,50 @@ def test_other_classes_are_refused_with_a_remedy_that_works(kind, edit, common, 
     metrics = evaluate(name, kind, results, **options)
     if edit is fewer:
         assert metrics["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("edit", [fewer, more])
+def test_training_refuses_test_sets_of_other_classes_at_the_start(edit, data_set, cfg_of):
+    train, val = data_set(edited(lambda d: None)), data_set(edited(edit, "val"))
+    with pytest.raises(ConfigError, match="COMMON_CLASSES_ONLY"):
+        check_datasets(cfg_of([train], [val]), training=True)
+    check_datasets(cfg_of([train], [val], "TEST.COMMON_CLASSES_ONLY", True), training=True)
+
+
+def test_evaluation_takes_the_names_of_the_checkpoint(data_set, cfg_of, monkeypatch):
+    """With no training set to be had, and the test set's classes in another order."""
+    train, val = data_set(edited(lambda d: None)), data_set(edited(reordered, "val"))
+    options = ("SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DEVICE", "cpu")
+    options += ("DATALOADER.NUM_WORKERS", 0, "SOLVER.STEPS", ())
+    trainer = BAGSTrainer(cfg_of([train], (), *options))
+    trainer.train()
+    cfg = cfg_of((), [val], *options)
+    model = BAGSTrainer.build_model(cfg)
+    checkpoint = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    LongTailCheckpointer(model, evaluating=True).load(checkpoint)
+    found = {}
+    build = BAGSTrainer.build_evaluator
+
+    def spy(cfg, name, folder, class_counts, class_names):
+        found.update(names=class_names, counts=class_counts)
+        return build(cfg, name, folder, class_counts, class_names)
+
+    monkeypatch.setattr(BAGSTrainer, "build_evaluator", spy)
+    results = BAGSTrainer.test(cfg, model)["bbox"]
+    assert tuple(found["names"]) == NAMES
+    assert found["counts"].tolist() == list(COUNTS["train"])
+    assert "bAP" in results
+
+
+def test_a_checkpoint_of_the_same_classes_in_another_order_is_not_trained_on(data_set, cfg_of):
+    options = ("SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2, "MODEL.DEVICE", "cpu")
+    options += ("DATALOADER.NUM_WORKERS", 0, "SOLVER.STEPS", ())
+    cfg = cfg_of([data_set(edited(lambda d: None))], (), *options)
+    BAGSTrainer(cfg).train()
+    weights = ("MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    other = BAGSTrainer(cfg_of([data_set(edited(reordered))], (), *options, *weights))
+    with pytest.raises(ConfigError, match="in another order"):
+        other.resume_or_load(resume=False)
 
 
 def test_names_that_name_several_classes_are_refused(data_set):
