@@ -28,7 +28,7 @@ from torch import nn
 from ..data.class_counts import training_class_counts
 from ..data.class_record import ClassRecord
 from ..data.loader import NamingDatasetMapper, build_resumable_loader
-from ..errors import ConfigError, MissingFileError
+from ..errors import BagsError, ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
@@ -107,12 +107,33 @@ class BAGSTrainer(DefaultTrainer):
         return model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As the parent's; the data go on where the checkpoint's run has had them."""
+        """As the parent's; the data go on where the checkpoint's run has had them.
+
+        The optimizer's settings are the config's, so that a run may be resumed with others. Of the
+        checkpoint's, torch and Detectron2 would restore the old ones without a word.
+        """
+        optimizer = self._trainer.optimizer
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        base_lrs = self.scheduler.base_lrs
         super().resume_or_load(resume=resume)
+        self.scheduler.base_lrs = base_lrs
+        for group, own, lr in zip(
+            optimizer.param_groups, settings, self.scheduler.get_lr(), strict=True
+        ):
+            group.update(own, lr=lr)
         if self.start_iter > 0:
             self._trainer.reset_data_loader(
                 lambda: self.build_train_loader(self.cfg, self.start_iter)
             )
+
+    def train(self):
+        """As the parent's, which logs a traceback of every error: of our own, a sentence tells."""
+        log = logging.getLogger("detectron2.engine.train_loop")
+        log.addFilter(_is_no_user_error)
+        try:
+            return super().train()
+        finally:
+            log.removeFilter(_is_no_user_error)
 
     def build_hooks(self):
         """The parent's, after one that seeds every step (unless ``SEED`` is negative)."""
@@ -246,6 +267,10 @@ class _SeededSteps(HookBase):
 
     def before_step(self) -> None:
         seed_generators(step_seed(self.seed, self.trainer.iter, comm.get_rank()), self.device)
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], BagsError))
 
 
 def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:

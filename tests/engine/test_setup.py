@@ -43,7 +43,7 @@ def test_options_may_be_absent(setup, tmp_path):
 
 
 def test_a_missing_config_is_named():
-    with pytest.raises(MissingFileError, match=r"Config file 'gone\.yaml' does not exist"):
+    with pytest.raises(MissingFileError, match=r"'gone\.yaml' does not exist"):
         setup_cfg(argparse.Namespace(config_file="gone.yaml", opts=[]))
 
 
