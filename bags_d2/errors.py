@@ -56,10 +56,11 @@ def one_sentence(error: BaseException) -> str:
 
 def worker_error(error: RuntimeError) -> BagsError | None:
     """What torch says where a worker process of a data loader has died; None of other errors."""
-    if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+    died = re.search(r"DataLoader worker .*(?:killed|exited)[^\n]*", str(error))
+    if died is None:
         return None
     return BagsError(
-        f"{str(error).splitlines()[0].rstrip('. ')}, as when memory runs out; lower "
+        f"{died[0].rstrip('. ')}, as when memory runs out; lower "
         "DATALOADER.NUM_WORKERS, and run the same command again with --resume."
     )
 

@@ -144,6 +144,8 @@ OPTIONS = {
         ["SEED", "4294967296"],
         r"SEED is 4294967296; it must be at most",
     ),
+    "unknown schedule": (["SOLVER.LR_SCHEDULER_NAME", "NoLR"], r"LR_SCHEDULER_NAME.*NoLR"),
+    "steps of a schedule unsorted": (["SOLVER.STEPS", "(3, 2)"], r"SOLVER's schedule .*STEPS"),
     "unknown architecture": (
         ["MODEL.META_ARCHITECTURE", "NoNet"],
         r"META_ARCHITECTURE is 'NoNet', which is not one of .*GeneralizedRCNN",

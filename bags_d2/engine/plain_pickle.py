@@ -21,6 +21,15 @@ __all__ = ["Budget", "Builder", "UnsafePickleError", "read_plain_pickle"]
 _NUMERIC = re.compile(r"b1|[iu][1248]|f[248]|c8|c16")
 _KEYS = (str, int, float, bytes, type(None))
 
+# Opcodes that push what follows them.
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    # Text of Python 2, which pickletools decodes as latin1.
+    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
 Builder = Callable[..., Any]
 
 
@@ -168,15 +177,6 @@ def read_plain_pickle(
             case name:
                 raise UnsafePickleError(f"unsupported opcode {name}")
     raise EOFError("no end")
-
-
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    # Text of Python 2, which pickletools decodes as latin1.
-    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
 
 
 def _numpy_builders(budget: Budget) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_bags_config, merge_config_file
@@ -181,6 +182,8 @@ def log_changed_settings(cfg: CfgNode) -> None:
     Args:
         cfg: the config, before Detectron2's ``default_setup`` writes it to ``OUTPUT_DIR``.
     """
+    if not PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return  # nothing is resumed
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     try:
         before = flatten(load_yaml(path))
@@ -228,6 +231,14 @@ def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:
         )
     if cfg.SOLVER.MAX_ITER == 0:
         raise ConfigError("SOLVER.MAX_ITER is 0, so there is nothing to train; add --eval-only.")
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
+        build_lr_scheduler(cfg, optimizer)
+    except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "SOLVER's schedule (LR_SCHEDULER_NAME, STEPS, GAMMA, WARMUP_*) cannot be built: "
+            f"{error or repr(error)}."
+        ) from None
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise ConfigError(
             f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is '{cfg.MODEL.DEVICE}'; set "
