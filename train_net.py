@@ -9,19 +9,25 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2 import BAGSTrainer
-from bags_d2.engine import LongTailCheckpointer, check_files, launch, setup_cfg
+from bags_d2.engine import (
+    LongTailCheckpointer,
+    check_files,
+    launch,
+    log_changed_settings,
+    process_count,
+    setup_cfg,
+)
 from bags_d2.errors import exit_with_one_sentence
 
 
 def main(args):
     cfg = setup_cfg(args)
-    default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
+    if args.resume and not args.eval_only and comm.is_main_process():
+        log_changed_settings(cfg)
+    default_setup(cfg, args)
     if args.eval_only:
-        model = BAGSTrainer.build_model(cfg)
-        LongTailCheckpointer(model, cfg.OUTPUT_DIR, evaluating=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        model = load_for_evaluation(cfg, args.resume)
         results = BAGSTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(BAGSTrainer.test_with_tta(cfg, model))
@@ -37,9 +43,24 @@ def main(args):
     return trainer.train()
 
 
+def load_for_evaluation(cfg, resume):
+    """The model with its weights; training annotations are read if the weights do not tell all."""
+    alone = cfg.clone()
+    alone.defrost()
+    alone.DATASETS.TRAIN = ()
+    for config in (alone, cfg):
+        model = BAGSTrainer.build_model(config)
+        LongTailCheckpointer(model, cfg.OUTPUT_DIR, evaluating=True).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=resume
+        )
+        if all(getattr(module, "is_determined", True) for module in model.modules()):
+            break
+    return model
+
+
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     with exit_with_one_sentence():
         # Once before processes are launched: one sentence instead of one traceback for each.
-        check_files(setup_cfg(args), args.eval_only, args.resume)
+        check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
         launch(main, args)

@@ -1,8 +1,80 @@
-"""Every configuration key that this package adds to Detectron2's."""
+"""Every configuration key that this package adds to Detectron2's, and the reading of YAMLs."""
 
-from detectron2.config import CfgNode
+import os
+from typing import Any
 
-__all__ = ["add_bags_config"]
+from detectron2.config import CfgNode, downgrade_config, upgrade_config
+from detectron2.config.compat import guess_version
+
+from .errors import ConfigError
+from .utils.files import load_yaml
+
+__all__ = ["add_bags_config", "merge_config_file", "read_config_file"]
+
+_BASE = "_BASE_"
+
+
+def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a YAML with its ``_BASE_`` as data; a tag that names a Python object is an error.
+
+    Args:
+        path: the file, or a URL that Detectron2's PathManager knows. Its ``_BASE_`` is one path
+            or a list of several, of which later ones take precedence, and the file itself over
+            all; each is absolute, from the home folder (``~``) or relative to the file.
+
+    Raises:
+        MissingFileError: if it or a ``_BASE_`` does not exist.
+        ConfigError: if one of them holds no mapping, or is its own ``_BASE_``.
+    """
+    return _read_with_bases(os.fspath(path), ())
+
+
+def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
+    if os.path.realpath(path) in above:
+        raise ConfigError(f"'{path}' is its own {_BASE}; remove that line.")
+    content = load_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{path}' is no config: it must hold 'KEY: value' lines.")
+    bases = content.pop(_BASE, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{_BASE} of '{path}' must be a path, or a list of paths.")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if "://" not in base:
+            base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        _merge(_read_with_bases(base, (*above, os.path.realpath(path))), merged, path)
+    _merge(content, merged, path)
+    return merged
+
+
+def _merge(update: dict, into: dict, path: str) -> None:
+    for key, value in update.items():
+        if not isinstance(value, dict):
+            into[key] = value
+        elif isinstance(into.setdefault(key, {}), dict):
+            _merge(value, into[key], path)
+        else:
+            raise ConfigError(f"'{path}' has keys below '{key}', which is a value in its {_BASE}.")
+
+
+def merge_config_file(cfg: CfgNode, path: str | os.PathLike) -> None:
+    """``cfg.merge_from_file``, older versions' files included, but for the tags that it runs.
+
+    Raises:
+        MissingFileError, ConfigError: see :func:`read_config_file`.
+        KeyError, ValueError and the like: if it does not fit this config, as yacs says it.
+    """
+    loaded = CfgNode(read_config_file(path))
+    version = loaded.get("VERSION", None) or guess_version(loaded, os.fspath(path))
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return
+    old = downgrade_config(cfg, to_version=version)
+    old.merge_from_other_cfg(loaded)
+    new = upgrade_config(old)
+    cfg.clear()
+    cfg.update(new)
 
 
 def add_bags_config(cfg: CfgNode) -> None:

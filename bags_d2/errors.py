@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteLossError",
     "exit_with_one_sentence",
     "one_sentence",
+    "worker_error",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,6 +54,17 @@ def one_sentence(error: BaseException) -> str:
     return own[-1] if own else text
 
 
+def worker_error(error: RuntimeError) -> BagsError | None:
+    """What torch says where a worker process of a data loader has died; None of other errors."""
+    died = re.search(r"DataLoader worker .*(?:killed|exited)[^\n]*", str(error))
+    if died is None:
+        return None
+    return BagsError(
+        f"{died[0].rstrip('. ')}, as when memory runs out; lower "
+        "DATALOADER.NUM_WORKERS, and run the same command again with --resume."
+    )
+
+
 @contextlib.contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
     """For entry points: end with a sentence instead of a traceback where the user can help."""
@@ -60,6 +72,10 @@ def exit_with_one_sentence() -> Iterator[None]:
         yield
     except BagsError as error:
         sys.exit(f"Error: {one_sentence(error)}")
+    except RuntimeError as error:
+        if own := worker_error(error):
+            sys.exit(f"Error: {own}")
+        raise
     except OSError as error:
         if error.errno not in _FULL:
             raise

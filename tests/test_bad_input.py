@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import train_net
 from bags_d2 import BagsError, BAGSTrainer
 from bags_d2.data.glyphs import build_glyphs
-from bags_d2.engine import LongTailCheckpointer, check_files, setup_cfg
+from bags_d2.engine import LongTailCheckpointer, check_files, process_count, setup_cfg
 from bags_d2.errors import exit_with_one_sentence, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,9 +124,65 @@ OPTIONS = {
     "checkpoint missing": (["MODEL.WEIGHTS", "none.pth"], r"'none\.pth' \(MODEL\.WEIGHTS\)"),
     "checkpoint truncated": (["MODEL.WEIGHTS", "{tmp}/half.pth"], r"is truncated or not a checkp"),
     "not a checkpoint": (["MODEL.WEIGHTS", "{tmp}/short.json"], r"is truncated or not a checkp"),
+    "checkpoint a folder": (["MODEL.WEIGHTS", "{tmp}"], r"\(MODEL\.WEIGHTS\) does not exist"),
+    "batch of no image": (
+        ["SOLVER.IMS_PER_BATCH", "0"],
+        r"IMS_PER_BATCH is 0; it must be at least 1",
+    ),
+    "batch that processes cannot share": (
+        ["SOLVER.IMS_PER_BATCH", "3"],
+        r"IMS_PER_BATCH is 3, which 2 processes cannot share",
+    ),
+    "checkpoint period 0": (["SOLVER.CHECKPOINT_PERIOD", "0"], r"CHECKPOINT_PERIOD is 0"),
+    "negative number of steps": (["SOLVER.MAX_ITER", "-1"], r"MAX_ITER is -1"),
+    "no step": (["SOLVER.MAX_ITER", "0"], r"nothing to train; add --eval-only"),
+    "learning rate not finite": (["SOLVER.BASE_LR", "float('inf')"], r"BASE_LR"),
+    "learning rate negative": (["SOLVER.BASE_LR", "-0.1"], r"BASE_LR is -0\.1; it must be"),
+    "negative number of workers": (["DATALOADER.NUM_WORKERS", "-1"], r"NUM_WORKERS is -1"),
+    "seed of more than 32 bits": (
+        ["SEED", "4294967296"],
+        r"SEED is 4294967296; it must be at most",
+    ),
+    "unknown schedule": (["SOLVER.LR_SCHEDULER_NAME", "NoLR"], r"LR_SCHEDULER_NAME.*NoLR"),
+    "steps of a schedule unsorted": (["SOLVER.STEPS", "(3, 2)"], r"SOLVER's schedule .*STEPS"),
+    "unknown architecture": (
+        ["MODEL.META_ARCHITECTURE", "NoNet"],
+        r"META_ARCHITECTURE is 'NoNet', which is not one of .*GeneralizedRCNN",
+    ),
+    "unknown backbone": (["MODEL.BACKBONE.NAME", "no_net"], r"BACKBONE\.NAME is 'no_net'"),
+    "unknown RoI heads": (["MODEL.ROI_HEADS.NAME", "NoHeads"], r"one of .*LongTailROIHeads"),
+    "unknown box head": (["MODEL.ROI_BOX_HEAD.NAME", "NoHead"], r"one of FastRCNNConvFCHead"),
+    "unknown proposal generator": (["MODEL.PROPOSAL_GENERATOR.NAME", "NoRPN"], r"one of .*RPN"),
+    "no such device": (["MODEL.DEVICE", "gpu"], r"MODEL\.DEVICE is 'gpu'; set it to cuda or cpu"),
+    "misspelt device": (["MODEL.DEVICE", "cpux"], r"MODEL\.DEVICE is 'cpux'; set it to"),
+    "device of no memory": (
+        ["MODEL.DEVICE", "meta"],
+        r"MODEL\.DEVICE is 'meta', which does not wo",
+    ),
+    "no such CUDA device": (["MODEL.DEVICE", "cuda:99"], r"no CUDA device of number 99"),
+    "mixed precision on a CPU": (["SOLVER.AMP.ENABLED", "True"], r"AMP\.ENABLED.*MODEL\.DEVICE is"),
+    "output folder a file": (["OUTPUT_DIR", "{tmp}/short.json"], r"short\.json' cannot be written"),
+    "proposals in pickles": (
+        ["MODEL.LOAD_PROPOSALS", "True"],
+        r"can run any code; set it to False",
+    ),
 }
+FLAGS = {"batch that processes cannot share": ["--num-gpus", "2"]}
 # Rows that have a test of their own: here, or in the file that the page names.
 ELSEWHERE = {
+    "config that would run code",
+    "config its own base",
+    "config too deep or too large once expanded",
+    "last_checkpoint damaged",
+    "checkpoint of other classes, resumed",
+    "checkpoint of another optimizer, resumed",
+    "checkpoint with a flipped bit",
+    "checkpoint larger once read",
+    "unprintable class names in a checkpoint",
+    "another word for trust",
+    "training annotations damaged, evaluation only",
+    "proposals not finite",
+    "worker of a data loader killed",
     "checkpoint of other classes",
     "checkpoint of other groups",
     "checkpoint that would run code",
@@ -149,7 +205,7 @@ def test_the_page_lists_these_cases():
 
 def train(args):
     """As train_net.py does it, in this process."""
-    check_files(setup_cfg(args), args.eval_only, args.resume)
+    check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
     train_net.main(args)
 
 
@@ -196,7 +252,7 @@ def test_annotations(row, refuse):
 @pytest.mark.parametrize("row", OPTIONS)
 def test_options(row, refuse):
     options, expected = OPTIONS[row]
-    assert re.search(expected, refuse(json.dumps(CONTENT), options))
+    assert re.search(expected, refuse(json.dumps(CONTENT), options, FLAGS.get(row, ())))
 
 
 def test_checks_can_be_switched_off(tiny_cfg, tmp_path, register):

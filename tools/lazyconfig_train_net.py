@@ -87,7 +87,12 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.description = (
+        "Train or evaluate a LazyConfig. Such a config is a Python program, which is run: use none "
+        "that you have not read. YAMLs, for train_net.py, are data."
+    )
+    args = parser.parse_args()
     with exit_with_one_sentence():
         load(args)
         launch(main, args)

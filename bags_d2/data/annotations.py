@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 Id = int | str
 
-# In pixels; COCO's and LVIS's evaluations set aside what is larger. It is also the one way of having
-# a region ignored that both follow.
+# In pixels; COCO's and LVIS's evaluations set aside what is larger, which is also the one way to
+# have a region ignored that both follow.
 MAX_AREA = 1e10
 AREA_OF_IGNORED = 10 * MAX_AREA
 

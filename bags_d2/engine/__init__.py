@@ -3,9 +3,9 @@
 from .checkpoint import LongTailCheckpointer
 from .feature_cache import FeatureCache, extract_features
 from .fitting import fit_classifier
-from .launch import launch
+from .launch import launch, process_count
 from .predictor import LongTailPredictor
-from .setup import check_files, setup_cfg
+from .setup import check_files, log_changed_settings, setup_cfg
 from .trainable import select_trainable_params
 from .trainer import BAGSTrainer
 
@@ -18,6 +18,8 @@ __all__ = [
     "extract_features",
     "fit_classifier",
     "launch",
+    "log_changed_settings",
+    "process_count",
     "select_trainable_params",
     "setup_cfg",
 ]

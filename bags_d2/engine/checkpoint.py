@@ -10,16 +10,14 @@ from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import _strip_prefix_if_present
 
 from ..data.class_record import ClassRecord
-from ..errors import ConfigError, DataError, MissingFileError
+from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..modeling.groups import ClassGroups
+from ..utils.files import write_atomically
 from .checkpoint_file import read_checkpoint
 
 __all__ = ["LongTailCheckpointer"]
 
 logger = logging.getLogger(__name__)
-
-# In the name of a checkpoint while it is being written.
-_PARTIAL = ".partial"
 
 
 class LongTailCheckpointer(DetectionCheckpointer):
@@ -71,33 +69,47 @@ class LongTailCheckpointer(DetectionCheckpointer):
             DataError: if it cannot be written, as on a full disk; nothing is left of it then.
         """
         kwargs = {**self.classes.for_checkpoint(), **kwargs}
-        if "://" in self.save_dir:
+        if "://" in self.save_dir or not (self.save_dir and self.save_to_disk):
             return super().save(name, **kwargs)
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
         try:
-            return super().save(f"{name}{_PARTIAL}", **kwargs)
-        except (OSError, RuntimeError) as error:
-            path = os.path.join(self.save_dir, f"{name}{_PARTIAL}.pth")
-            if not os.path.exists(path):
-                raise
-            os.unlink(path)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            with write_atomically(path, "wb") as file:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+        except (DataError, RuntimeError) as error:  # RuntimeError: torch's for a full disk
             raise DataError(
-                f"Checkpoint '{name}.pth' could not be written to '{self.save_dir}' ({reason}); "
-                "free some space, and go on from the one before it with --resume."
+                f"Checkpoint '{name}.pth' could not be written to '{self.save_dir}' "
+                f"({_first_line(error)}); free some space, and go on from the one before "
+                "it with --resume."
             ) from None
+        return self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename):
-        """As the parent's, once the file has been given its name."""
         if "://" in self.save_dir:
             return super().tag_last_checkpoint(last_filename_basename)
-        final = last_filename_basename.replace(f"{_PARTIAL}.pth", ".pth")
-        folder = Path(self.save_dir)
-        if final != last_filename_basename:
-            (folder / last_filename_basename).replace(folder / final)
-        # Written aside as well: an empty last_checkpoint could not be resumed from.
-        tag = folder / f"last_checkpoint{_PARTIAL}"
-        tag.write_text(final)
-        return tag.replace(folder / "last_checkpoint")
+        with write_atomically(Path(self.save_dir) / "last_checkpoint") as file:
+            return file.write(last_filename_basename)
+
+    def get_checkpoint_file(self):
+        """As the parent's.
+
+        Raises:
+            DataError: if ``last_checkpoint`` names no file of its folder.
+        """
+        if "://" in self.save_dir:
+            return super().get_checkpoint_file()
+        tag = Path(self.save_dir) / "last_checkpoint"
+        try:
+            name = tag.read_text(encoding="utf-8").strip()
+            if name == Path(name).name and (tag.parent / name).is_file():
+                return str(tag.parent / name)
+        except (OSError, ValueError):  # not text, or with a null byte
+            pass
+        raise DataError(
+            f"'{tag}' names no checkpoint of its folder; write the name of one into it, or delete "
+            "it to start anew."
+        )
 
     def resume_or_load(self, path, *, resume=True):
         """As the parent's."""
@@ -111,9 +123,22 @@ class LongTailCheckpointer(DetectionCheckpointer):
         if is_local and not os.path.isfile(path.partition("?")[0]):
             raise MissingFileError(f"Checkpoint '{path}' (MODEL.WEIGHTS) does not exist.")
         try:
-            return super().load(path, *args, **kwargs)
+            rest = super().load(path, *args, **kwargs)
+        except BagsError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"Checkpoint '{path}' holds the state of another run ({_first_line(error)}); make "
+                "the config that of the run, or start anew without --resume."
+            ) from None
         finally:
             self._parsed_url_during_load = None  # the parent leaves it set after an error
+        if "classes" in rest:
+            self.model.class_record = ClassRecord.of_checkpoint(rest)
+            names = self.model.class_record.names or ()
+            if not all(name.isprintable() for name in names):
+                raise DataError(f"Checkpoint '{path}' has class names that cannot be printed.")
+        return rest
 
     def _load_file(self, filename):
         # The parent's, for .pkl and .pyth files, runs whatever code a pickle brings.
@@ -172,7 +197,8 @@ class LongTailCheckpointer(DetectionCheckpointer):
         missing = {*incompatible.missing_keys, *misshaped}
         parameters = dict(self.model.named_parameters())
         new = [name for name in parameters if name in missing]
-        unfit = [name for name in new if self.evaluating or not parameters[name].requires_grad]
+        whole = self.evaluating or self._resuming
+        unfit = [name for name in new if whole or not parameters[name].requires_grad]
         unfit += [name for name in self._frozen_norm_tensors() if name in missing]
         if unfit:
             raise ConfigError(self._unfit_message(unfit, misshaped))
@@ -210,9 +236,17 @@ class LongTailCheckpointer(DetectionCheckpointer):
         if first in misshaped:
             old, new = misshaped[first]
             first += f" (shape {old} in the checkpoint, {new} in the model)"
+        if self._resuming:
+            remedy = "make the config that of the run which is resumed, or name another OUTPUT_DIR."
+        else:
+            remedy = "set MODEL.WEIGHTS to a checkpoint of this model and these classes."
         use = "evaluated without training" if self.evaluating else "kept frozen"
+        use = "resumed" if self._resuming else use
         return (
             f"Checkpoint '{self._path}' has no weights for {len(names)} parameters that would be "
-            f"{use}, the first being {first}: set MODEL.WEIGHTS to a checkpoint of this model and "
-            "these classes."
+            f"{use}, the first being {first}: {remedy}"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,23 +7,43 @@ passed around together with checkpoints.
 """
 
 import collections
+import io
 import os
 import pickle
-import re
-from typing import Any, ClassVar
+import sys
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from ..errors import DataError, MissingFileError
+from ..errors import ConfigError, DataError
+from ..utils.files import require_file
+from .plain_pickle import Budget, UnsafePickleError, read_plain_pickle
 
-__all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights", "read_tensor"]
+__all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights", "read_tensor", "read_torch"]
 
 TRUST_VARIABLE = "BAGS_D2_TRUST_CHECKPOINTS"
 
-# torch.load has one exception for what it refuses to build and for what it cannot read.
-_UNSAFE_TO_TORCH = re.compile("unsupported (global|class)", re.IGNORECASE)
+# What torch.save's older format starts with.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -41,147 +61,199 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         MissingFileError: if there is no such file.
-        DataError: if it is truncated, no checkpoint, or would build objects other than data.
+        DataError: if it is damaged, no checkpoint, or would build objects other than data.
     """
     name = os.fspath(path)
-    local = PathManager.get_local_path(name)
-    if not os.path.isfile(local):
-        raise MissingFileError(f"Checkpoint '{name}' does not exist.")
-    content = _read_pickle(local, name) if local.endswith(".pkl") else _read_torch(local, name)
+    is_pickle = require_file(path).endswith(".pkl")
+    content = _read(path, _unpickle if is_pickle else _load)
     if not isinstance(content, dict) or not content:
         raise DataError(f"'{name}' is not a checkpoint: it holds no dictionary of weights.")
-    if local.endswith(".pkl"):
-        return _from_pickle(content)
-    if "model_state" in content:  # pycls
-        weights = content["model_state"]
-        return {
-            "model": {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")},
-            "__author__": "pycls",
-            "matching_heuristics": True,
-        }
-    return content if "model" in content else {"model": content}
-
-
-def read_model_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint by name; see :func:`read_checkpoint`.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if it is no checkpoint, or something under "model" is not a tensor.
-    """
-    weights = read_checkpoint(path)["model"]
-    try:
-        return {name: torch.as_tensor(value) for name, value in weights.items()}
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"'{os.fspath(path)}' is not a checkpoint: 'model' must map names to tensors ({error})."
-        ) from None
-
-
-def read_tensor(path: str | os.PathLike) -> torch.Tensor:
-    """One tensor, as ``torch.save`` writes it.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if it holds anything else.
-    """
-    name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise MissingFileError(f"'{name}' does not exist.")
-    content = _read_torch(name, name)
-    if not isinstance(content, torch.Tensor):
-        raise DataError(f"'{name}' must hold a tensor, found {type(content).__name__}.")
+    if is_pickle and not ("model" in content and "__author__" in content):
+        # Caffe2: detection models have their weights under "blobs", ImageNet models have not.
+        content = _foreign(name, content.get("blobs", content), "_momentum", "Caffe2")
+    elif "model_state" in content:
+        content = _foreign(name, content["model_state"], "num_batches_tracked", "pycls")
+    elif "model" not in content:
+        content = {"model": content}
+    _check_weights(name, content["model"])
     return content
 
 
-def _read_torch(local: str, name: str) -> Any:
-    trusted = _is_trusted()
-    try:
-        return torch.load(local, map_location="cpu", weights_only=not trusted)
-    except pickle.UnpicklingError as error:
-        if _UNSAFE_TO_TORCH.search(str(error)):
-            raise DataError(_unsafe_message(name, str(error))) from None
-        raise DataError(_damaged_message(name, error)) from None
-    except (EOFError, KeyError, RuntimeError, ValueError, AttributeError) as error:
-        raise DataError(_damaged_message(name, error)) from None
+def read_model_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by name; see :func:`read_checkpoint`."""
+    weights = read_checkpoint(path)["model"]
+    return {name: torch.as_tensor(value) for name, value in weights.items()}
 
 
-def _read_pickle(local: str, name: str) -> Any:
-    unpickler = pickle.Unpickler if _is_trusted() else _DataUnpickler
-    with open(local, "rb") as file:
+def read_torch(path: str | os.PathLike) -> Any:
+    """Whatever plain data ``torch.save`` has written, its tensors on the CPU.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is damaged, or would build objects other than data.
+    """
+    return _read(path, _load)
+
+
+def read_tensor(path: str | os.PathLike) -> torch.Tensor:
+    """One tensor, as ``torch.save`` writes it; see :func:`read_torch`."""
+    content = read_torch(path)
+    if not isinstance(content, torch.Tensor):
+        raise DataError(f"'{os.fspath(path)}' must hold a tensor, found {type(content).__name__}.")
+    return content
+
+
+def _read(path: str | os.PathLike, read: Callable[[IO[bytes], bool], Any]) -> Any:
+    name, trusted = os.fspath(path), _is_trusted()
+    with open(require_file(path), "rb") as file:
         try:
-            return unpickler(file, encoding="latin1").load()
-        except _UnsafeGlobalError as error:
-            raise DataError(_unsafe_message(name, str(error))) from None
-        except Exception as error:  # damaged pickles raise nearly anything
-            raise DataError(_damaged_message(name, error)) from None
+            return read(file, trusted)
+        except UnsafePickleError as error:
+            raise DataError(
+                f"Checkpoint '{name}' would build other objects than tensors when loaded "
+                f"({error}), which can run any code; if you trust whoever made it, set "
+                f"{TRUST_VARIABLE}=1."
+            ) from None
+        except Exception as error:  # damaged files raise nearly anything
+            detail = (str(error).strip().splitlines() or [""])[0]
+            raise DataError(
+                f"'{name}' is truncated or not a checkpoint "
+                f"({type(error).__name__}: {detail[:120]!s}); copy or make it again."
+            ) from None
 
 
-def _from_pickle(content: dict) -> dict[str, Any]:
-    if "model" in content and "__author__" in content:
+def _unpickle(file: IO[bytes], trusted: bool) -> Any:
+    if trusted:
+        return pickle.Unpickler(file, encoding="latin1").load()
+    # Twice: of Python 2's pickles, arrays are text first.
+    return read_plain_pickle(file, 2 * _size(file))
+
+
+def _load(file: IO[bytes], trusted: bool) -> Any:
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if trusted:
+        if is_zip and (damaged := zipfile.ZipFile(file).testzip()):
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file '{damaged}'")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=False)
+    return _load_zip(file) if is_zip else _load_legacy(file)
+
+
+def _load_zip(file: IO[bytes]) -> Any:
+    """``torch.save``'s archive: a pickle, and each storage as a member, whose CRC is checked."""
+    archive = zipfile.ZipFile(file)
+    budget = Budget(_size(file))
+    (root,) = (n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl"))
+    storages: dict[str, torch.Tensor] = {}
+
+    def read(name: str) -> np.ndarray:
+        member = archive.getinfo(root + name)
+        budget.spend(member.file_size)  # compressed, it could be of any size
+        content = np.empty(member.file_size, np.uint8)
+        with archive.open(member) as source:
+            # The CRC is checked once the end has been seen.
+            if source.readinto(content) != len(content) or source.read(1):
+                raise EOFError(f"'{name}' ends early")
         return content
-    # Caffe2: detection models have their weights under "blobs", ImageNet models have not.
-    weights = content.get("blobs", content)
+
+    def load_storage(identifier: tuple) -> torch.Tensor:
+        _, dtype, key, _, _ = identifier
+        if key not in storages:
+            storages[key] = torch.from_numpy(read(f"data/{key}"))
+        return _viewed(storages[key], dtype)
+
+    has_order = f"{root}byteorder" in archive.namelist()
+    if has_order and read("byteorder").tobytes() != sys.byteorder.encode():
+        raise ValueError("its byte order is another machine's")
+    data = io.BytesIO(read("data.pkl"))
+    return read_plain_pickle(data, _size(file), _torch_builders(_size(file)), load_storage)
+
+
+def _load_legacy(file: IO[bytes]) -> Any:
+    """The format before torch 1.6: pickles, then the storages that they name."""
+    size = _size(file)
+    budget = Budget(size)
+    if read_plain_pickle(file, size) != _LEGACY_MAGIC:
+        raise ValueError("torch.save has not written it")
+    read_plain_pickle(file, size)  # version
+    read_plain_pickle(file, size)  # sizes of C's types
+    storages: dict[str, torch.Tensor] = {}
+
+    def load_storage(identifier: tuple) -> torch.Tensor:
+        _, dtype, key, _, length, view = identifier
+        if view is not None:
+            raise UnsafePickleError("unsupported class of storages: views")
+        if key not in storages:
+            budget.spend(length * dtype.itemsize)
+            storages[key] = torch.zeros(length * dtype.itemsize, dtype=torch.uint8)
+        return _viewed(storages[key], dtype)
+
+    content = read_plain_pickle(file, size, _torch_builders(size), load_storage)
+    for key in read_plain_pickle(file, size):
+        file.seek(8, os.SEEK_CUR)  # its length once more
+        if file.readinto(storages[key].numpy()) != len(storages[key]):
+            raise EOFError(f"storage '{key}' ends early")
+    return content
+
+
+def _viewed(storage: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # An empty tensor of bytes has no view as anything wider.
+    return storage.view(dtype) if len(storage) else torch.empty(0, dtype=dtype)
+
+
+def _torch_builders(size: int) -> dict[str, Any]:
+    """What ``torch.save``'s pickles call; a tensor may repeat its elements, within bounds."""
+    budget = Budget(size + (1 << 24))
+
+    def tensor(storage, offset, shape, strides, requires_grad, hooks, *_) -> torch.Tensor:
+        if not isinstance(storage, torch.Tensor):
+            raise TypeError("a tensor without a storage")
+        built = storage.as_strided(shape, strides, offset)
+        budget.spend(built.numel() * built.element_size())
+        return built.requires_grad_(requires_grad is True)
+
     return {
-        "model": {k: v for k, v in weights.items() if not k.endswith("_momentum")},
-        "__author__": "Caffe2",
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": lambda data, requires_grad, _: nn.Parameter(
+            data, requires_grad is True
+        ),
+        "collections.Counter": lambda counts: collections.Counter(dict(counts)),
+        "torch.Size": lambda sizes: torch.Size(sizes),
+        "torch.device": lambda *name: torch.device(*name),
+        **{f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()},
+        **{str(dtype): dtype for dtype in _DTYPES.values()},
+    }
+
+
+def _foreign(name: str, weights: Any, leave_out: str, author: str) -> dict[str, Any]:
+    _check_weights(name, weights)
+    return {
+        "model": {k: v for k, v in weights.items() if not k.endswith(leave_out)},
+        "__author__": author,
         "matching_heuristics": True,
     }
 
 
-class _UnsafeGlobalError(pickle.UnpicklingError):
-    pass
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """What numpy's pickles of protocol 2 call to turn text into bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise _UnsafeGlobalError(f"_codecs.encode to {encoding}")
-    return text.encode("latin1")
-
-
-def _array_from_buffer(data: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    """What numpy's pickles of protocol 5 call."""
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and refuses to look up anything else."""
-
-    # numpy's rebuilding functions are private and their module has been renamed (numpy.core,
-    # numpy._core), so they are taken from where numpy itself refers to them.
-    _KNOWN: ClassVar = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy.multiarray", "scalar"): np.float64(0).__reduce__()[0],
-        ("numpy.numeric", "_frombuffer"): _array_from_buffer,
-        ("_codecs", "encode"): _encode_latin1,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("builtins", "bytes"): bytes,
-        ("__builtin__", "bytes"): bytes,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = re.sub(r"^numpy\._?core\.", "numpy.", module), name
-        if key not in self._KNOWN:
-            raise _UnsafeGlobalError(f"{module}.{name}")
-        return self._KNOWN[key]
+def _check_weights(name: str, weights: Any) -> None:
+    valid = isinstance(weights, dict) and all(
+        isinstance(key, str) and key.isprintable() and isinstance(value, np.ndarray | torch.Tensor)
+        for key, value in weights.items()
+    )
+    if not valid:
+        raise DataError(f"'{name}' is not a checkpoint: 'model' must map names to tensors.")
 
 
 def _is_trusted() -> bool:
-    return os.environ.get(TRUST_VARIABLE, "0") not in ("", "0")
-
-
-def _unsafe_message(name: str, what: str) -> str:
-    # torch explains itself over many lines; the first names what it refused.
-    detail = next((x for x in what.splitlines() if _UNSAFE_TO_TORCH.search(x)), what).strip()
-    return (
-        f"Checkpoint '{name}' would build other objects than tensors when loaded ({detail}), which "
-        f"can run any code; if you trust whoever made it, set {TRUST_VARIABLE}=1."
+    value = os.environ.get(TRUST_VARIABLE, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise ConfigError(
+        f"{TRUST_VARIABLE} is '{value}'; set it to 1 to run what checkpoints bring, or to 0."
     )
 
 
-def _damaged_message(name: str, error: Exception) -> str:
-    detail = (str(error).strip().splitlines() or [""])[0]
-    return f"'{name}' is truncated or not a checkpoint ({type(error).__name__}: {detail[:120]})."
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size

@@ -8,12 +8,16 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
 from torch import nn
 
-from ..errors import NonFiniteLossError
+from ..errors import NonFiniteLossError, worker_error
 from ..modeling.box_predictors import BAGSOutputLayers
 
 __all__ = ["GuardedAMPTrainer", "GuardedSimpleTrainer"]
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "lower SOLVER.BASE_LR or fix these images, and go on from the last checkpoint with --resume"
+)
 
 
 class _NonFiniteGuard:
@@ -42,6 +46,21 @@ class _NonFiniteGuard:
         batch = inputs[0] if inputs and isinstance(inputs[0], list) else []
         self._images = [str(d.get("file_name", d.get("image_id", "?"))) for d in batch]
 
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except NonFiniteLossError:
+            raise
+        except FloatingPointError:  # Detectron2's, before there are losses
+            raise NonFiniteLossError(
+                f"Infinite or NaN proposals of the RPN at iteration {self.iter}, on the images "
+                f"{self._image_names()}; {_REMEDY}."
+            ) from None
+        except RuntimeError as error:
+            if own := worker_error(error):
+                raise own from None
+            raise
+
     def _write_metrics(self, loss_dict, *args, **kwargs):
         # Called after backward and before step; it waits for the device in any case.
         finite = torch.stack([loss.detach().isfinite().all() for loss in loss_dict.values()]).all()
@@ -54,8 +73,7 @@ class _NonFiniteGuard:
         message = self._describe(loss_dict)
         if self.skips_left <= 0:
             raise NonFiniteLossError(
-                f"{message}; lower SOLVER.BASE_LR or mend these images, and go on from the last "
-                "checkpoint with --resume, or let SOLVER.MAX_NONFINITE_STEPS such steps pass."
+                f"{message}; {_REMEDY}, or let SOLVER.MAX_NONFINITE_STEPS such steps pass."
             )
         self.skips_left -= 1
         logger.warning("%s; the step is left out, %d more may be", message, self.skips_left)
@@ -75,8 +93,11 @@ class _NonFiniteGuard:
         ]
         if groups:
             where += f" (class group {', '.join(groups)})"
-        images = ", ".join(map(os.path.basename, self._images)) or "unknown"
+        images = self._image_names()
         return f"Infinite or NaN loss at iteration {self.iter}: {where}, on the images {images}"
+
+    def _image_names(self) -> str:
+        return ", ".join(map(os.path.basename, self._images)) or "unknown"
 
 
 class GuardedSimpleTrainer(_NonFiniteGuard, SimpleTrainer):

@@ -10,12 +10,19 @@ from detectron2 import engine
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
-from ..errors import BagsError, one_sentence
+from ..errors import BagsError, ConfigError, one_sentence, worker_error
 
-__all__ = ["launch"]
+__all__ = ["launch", "process_count"]
 
 # How long collective operations wait for other processes, as Detectron2 has it.
 TIMEOUT = timedelta(minutes=30)
+
+
+def process_count(args: argparse.Namespace) -> int:
+    """Processes of a run on all its machines."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return args.num_gpus * args.num_machines
 
 
 def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:
@@ -42,6 +49,10 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
         # takes it down before another.
         comm.synchronize()
         return
+    if args.num_gpus > torch.cuda.device_count() > 0:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus} but this machine has {torch.cuda.device_count()}."
+        )
     try:
         engine.launch(
             main,
@@ -52,7 +63,7 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             args=main_args,
         )
     except multiprocessing.ProcessRaisedException as error:
-        message = one_sentence(error)
+        message = str(worker_error(error) or one_sentence(error))
         if message == str(error):
             raise
         raise BagsError(message) from None

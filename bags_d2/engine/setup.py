@@ -1,25 +1,60 @@
 """From command-line arguments to a checked config, before anything expensive starts."""
 
 import argparse
+import functools
+import logging
 import math
 import os
+import sys
 import tempfile
+from collections.abc import Mapping
 
 import torch
 import yaml
+from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_bags_config
+from ..config import add_bags_config, merge_config_file
 from ..data.build import check_datasets
 from ..data.datasets import missing_dataset_message, register_from_config
-from ..errors import ConfigError, MissingFileError
+from ..errors import BagsError, ConfigError, MissingFileError
+from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
+from ..utils.files import load_yaml
 
-__all__ = ["check_device", "check_files", "setup_cfg"]
+__all__ = ["check_device", "check_files", "log_changed_settings", "setup_cfg"]
 
-# What yacs raises for unknown keys, wrong types, and files that hold no mapping.
-_FAULTY_CONFIG = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
+logger = logging.getLogger(__name__)
+
+# Key: the least and the greatest value that works.
+_LIMITS = {
+    "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.MAX_ITER": (0, math.inf),
+    "SOLVER.BASE_LR": (0, sys.float_info.max),
+    "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "SEED": (-math.inf, 2**32 - 1),
+}
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": modeling.ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_BOX_PREDICTOR.NAME": ROI_BOX_PREDICTOR_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
+}
+# What a resumed run does not take from its config.
+_NOT_RESUMED = {
+    "MODEL.WEIGHTS": "its last checkpoint is loaded",
+    "MODEL.ROI_BOX_PREDICTOR.REINITIALIZE": "its classifier has been trained",
+}
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
@@ -41,25 +76,25 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     path = args.config_file
     if not path:
         raise ConfigError("No config was given: add --config-file configs/lvis_bags_R50.yaml.")
-    if "://" not in path and not os.path.isfile(path):
-        raise MissingFileError(f"Config file '{path}' does not exist.")
     try:
-        cfg.merge_from_file(path)
+        merge_config_file(cfg, path)
         # YAML's infinity, which yacs takes for a word on the command line.
         cfg.merge_from_list([math.inf if o == ".inf" else o for o in args.opts or []])
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"'{error.filename}', a _BASE_ of '{path}', does not exist."
+    except BagsError:
+        raise
+    except Exception as error:  # yacs evaluates values, and raises nearly anything
+        raise ConfigError(
+            f"Config '{path}' with options {args.opts or []}: {' '.join(str(error).split())}"
         ) from None
-    except (*_FAULTY_CONFIG, yaml.YAMLError) as error:
-        raise ConfigError(f"Config '{path}' with options {args.opts or []}: {error}") from error
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()
     return cfg
 
 
-def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
-    """Check that the data sets, the device and the initial checkpoint exist.
+def check_files(
+    cfg: CfgNode, eval_only: bool = False, resume: bool = False, num_processes: int = 1
+) -> None:
+    """Check the settings, and that the data sets, the device and the initial checkpoint exist.
 
     A run that would fail after minutes of loading, or in several processes at once, fails here
     with one sentence. Evaluation does not ask for the training set.
@@ -67,14 +102,19 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
     Args:
         cfg: the config.
         eval_only: whether nothing is to be trained.
-        resume: whether a checkpoint in ``OUTPUT_DIR`` goes before ``MODEL.WEIGHTS``.
+        resume: whether a checkpoint in ``OUTPUT_DIR`` takes precedence over ``MODEL.WEIGHTS``.
+        num_processes: that will train together.
 
     Raises:
-        ConfigError: if a data set is not registered or has another number of classes, nothing is
-            to be trained on, there is no such device, or ``OUTPUT_DIR`` cannot be written to.
+        ConfigError: if a setting cannot work, a data set is not registered or has another number
+            of classes, nothing is to be trained on, there is no such device, or ``OUTPUT_DIR``
+            cannot be written to.
         DataError: if an annotation file is faulty (``DATASETS.CHECK_ANNOTATIONS``).
         MissingFileError: if annotations, the folder of images or the checkpoint do not exist.
     """
+    _check_settings(cfg)
+    if not eval_only:
+        _check_training_settings(cfg, num_processes)
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name at least one data set to train on.")
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
@@ -100,6 +140,98 @@ def check_files(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> 
         check_datasets(cfg, training=not eval_only)
 
 
+def check_device(cfg: CfgNode) -> None:
+    """Raise ConfigError if ``MODEL.DEVICE`` is not a device of this machine."""
+    name = cfg.MODEL.DEVICE
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"MODEL.DEVICE is '{name}'; set it to cuda or cpu.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        which = f" of number {device.index}" if device.index else ""
+        raise ConfigError(
+            f"MODEL.DEVICE is '{name}' but there is no CUDA device{which}; add 'MODEL.DEVICE cpu' "
+            "to the command."
+        )
+    if device.type not in ("cuda", "cpu"):
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise ConfigError(
+                f"MODEL.DEVICE is '{name}', which does not work here; set it to cuda or cpu."
+            ) from None
+
+
+def log_changed_settings(cfg: CfgNode) -> None:
+    """Say how a config differs from that of the run which it is to resume.
+
+    Args:
+        cfg: the config, before Detectron2's ``default_setup`` writes it to ``OUTPUT_DIR``.
+    """
+    if not PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return  # nothing is resumed
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    try:
+        before = flatten(load_yaml(path))
+    except BagsError as error:
+        logger.warning("Whether settings have changed since the run began is unknown: %s", error)
+        return
+    after = flatten(yaml.safe_load(cfg.dump()))
+    changed = [key for key in after if key in before and before[key] != after[key]]
+    applied = [
+        f"{key} ({before[key]} -> {after[key]})" for key in changed if key not in _NOT_RESUMED
+    ]
+    ignored = [f"{key} ({why})" for key, why in _NOT_RESUMED.items() if key in changed]
+    if applied:
+        logger.warning("Changed, and in effect from here on: %s", ", ".join(applied))
+    if ignored:
+        logger.warning("Changed, and not in effect in a resumed run: %s", ", ".join(ignored))
+
+
+def _check_settings(cfg: CfgNode) -> None:
+    for key, (low, high) in _LIMITS.items():
+        value = _get(cfg, key)
+        if not low <= value <= high:
+            least = f"at least {low}" if low > -math.inf else ""
+            most = f"at most {high}" if high < math.inf else ""
+            raise ConfigError(
+                f"{key} is {value}; it must be {' and '.join(filter(None, (least, most)))}."
+            )
+    for key, registry in _REGISTRIES.items():
+        name = _get(cfg, key)
+        known = sorted(known for known, _ in registry)
+        if name and name not in known and name != "PrecomputedProposals":
+            raise ConfigError(f"{key} is '{name}', which is not one of {', '.join(known)}.")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS reads the pickles of DATASETS.PROPOSAL_FILES_*, which can run "
+            "any code; set it to False and MODEL.PROPOSAL_GENERATOR.NAME to RPN."
+        )
+
+
+def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes "
+            "cannot share evenly; set it to a multiple of their number."
+        )
+    if cfg.SOLVER.MAX_ITER == 0:
+        raise ConfigError("SOLVER.MAX_ITER is 0, so there is nothing to train; add --eval-only.")
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
+        build_lr_scheduler(cfg, optimizer)
+    except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "SOLVER's schedule (LR_SCHEDULER_NAME, STEPS, GAMMA, WARMUP_*) cannot be built: "
+            f"{error or repr(error)}."
+        ) from None
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ConfigError(
+            f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is '{cfg.MODEL.DEVICE}'; set "
+            "SOLVER.AMP.ENABLED to False."
+        )
+
+
 def _check_output_dir(folder: str) -> None:
     if "://" in folder:
         return
@@ -107,19 +239,27 @@ def _check_output_dir(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"OUTPUT_DIR '{folder}' cannot be written to ({error.strerror}); set another."
+            f"OUTPUT_DIR '{folder}' cannot be written to ({reason}); set another."
         ) from None
 
 
-def check_device(cfg: CfgNode) -> None:
-    """Raise ConfigError if ``MODEL.DEVICE`` is a CUDA device and there is none."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but there is no CUDA device; add "
-            "'MODEL.DEVICE cpu' to the command."
+def _get(cfg: CfgNode, key: str):
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def flatten(node: Mapping, prefix: str = "") -> dict[str, object]:
+    """Values of nested mappings by dotted key."""
+    flat = {}
+    for key, value in node.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
         )
+    return flat
 
 
 def _how_to_make(weights: str) -> str:

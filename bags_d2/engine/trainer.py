@@ -112,10 +112,21 @@ class BAGSTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Load a checkpoint; the images go on where the run that wrote it has had them.
 
+        The optimizer's settings are the config's, so that a run may be resumed with others. Of the
+        checkpoint's, torch and Detectron2 would restore the old ones without a word.
+
         Raises:
             ConfigError: if its classes are those of the training set in another order.
         """
+        optimizer = self._trainer.optimizer
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        base_lrs = self.scheduler.base_lrs
         super().resume_or_load(resume=resume)
+        self.scheduler.base_lrs = base_lrs
+        for group, own, lr in zip(
+            optimizer.param_groups, settings, self.scheduler.get_lr(), strict=True
+        ):
+            group.update(own, lr=lr)
         model, trained_on = _unwrapped(self.model), self.checkpointer.classes
         _require_same_order(model.class_record, trained_on)
         model.class_record = trained_on
@@ -123,6 +134,15 @@ class BAGSTrainer(DefaultTrainer):
             self._trainer.reset_data_loader(
                 lambda: self.build_train_loader(self.cfg, self.start_iter)
             )
+
+    def train(self):
+        """As the parent's, which logs a traceback of every error: of our own, a sentence tells."""
+        log = logging.getLogger("detectron2.engine.train_loop")
+        log.addFilter(_is_no_user_error)
+        try:
+            return super().train()
+        finally:
+            log.removeFilter(_is_no_user_error)
 
     def build_hooks(self):
         """The parent's, after one that seeds every step (unless ``SEED`` is negative)."""
@@ -260,6 +280,10 @@ class _SeededSteps(HookBase):
 
     def before_step(self) -> None:
         seed_generators(step_seed(self.seed, self.trainer.iter, comm.get_rank()), self.device)
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], BagsError))
 
 
 def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:

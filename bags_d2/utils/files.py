@@ -38,6 +38,8 @@ __all__ = [
     "write_json",
 ]
 
+_MAX_YAML_NODES = 1_000_000
+
 
 class FolderInUseError(BagsError):
     """Another process writes to the folder."""
@@ -96,10 +98,36 @@ def load_yaml(path: str | os.PathLike) -> Any:
     """
     with open(require_file(path), encoding="utf-8") as file:
         try:
-            return yaml.safe_load(file)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            detail = " ".join(str(error).split())
+            content = yaml.load(file, Loader=_BoundedLoader)
+            _check_expanded_size(content)
+        except Exception as error:  # malformed scalars raise nearly anything
+            detail = " ".join(str(error).split())[:300]
             raise ConfigError(f"'{os.fspath(path)}' is not valid YAML ({detail}).") from None
+    return content
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """``SafeLoader`` that bounds what merges (``<<``) copy."""
+
+    pairs = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.pairs += len(node.value)
+        if self.pairs > _MAX_YAML_NODES:
+            raise yaml.YAMLError("its merges expand to too much")
+
+
+def _check_expanded_size(content: Any) -> None:
+    """A few aliases of aliases mean billions of values to whoever walks over them."""
+    pending, count = [content], 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        if count > _MAX_YAML_NODES:
+            raise yaml.YAMLError("its aliases expand to too much")
+        if isinstance(node, dict | list | set | tuple):
+            pending.extend(node.values() if isinstance(node, dict) else node)
 
 
 @contextlib.contextmanager

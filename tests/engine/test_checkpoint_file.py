@@ -10,9 +10,14 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from bags_d2 import DataError, MissingFileError
+from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.engine import LongTailCheckpointer
-from bags_d2.engine.checkpoint_file import TRUST_VARIABLE, read_checkpoint, read_model_weights
+from bags_d2.engine.checkpoint_file import (
+    TRUST_VARIABLE,
+    read_checkpoint,
+    read_model_weights,
+    read_torch,
+)
 
 
 class _Malicious:
@@ -178,3 +183,114 @@ def test_loading_ends_as_with_detectron2s_checkpointer(tmp_path, name):
     for key, value in weights.items():
         assert torch.equal(ours.state_dict()[key], value)
         assert torch.equal(theirs.state_dict()[key], value)
+
+
+def _assert_same(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert ours.requires_grad == theirs.requires_grad
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert getattr(ours, "_metadata", None) == getattr(theirs, "_metadata", None)
+        for key in ours:
+            _assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for pair in zip(ours, theirs, strict=True):
+            _assert_same(*pair)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torchs_files_are_read_as_torch_reads_them(tmp_path, legacy):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    base = torch.randn(4, 5)
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "views": [base.T, base[1:, 2:], torch.ones(1).expand(1000)],
+        "parameter": nn.Parameter(torch.ones(2)),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3.0),
+        "kinds": [torch.ones(3).to(dtype) for dtype in _KINDS],
+        "torch's": (torch.Size([1, 2]), torch.float32, torch.device("cpu")),
+        "counter": collections.Counter([1, 1, 2]),
+        "plain": (None, True, False, -3, 2**40, 10**30, 2.5, "ü", b"abc", [], {}, ()),
+    }
+    path = tmp_path / "x.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    ours = read_torch(path)
+    _assert_same(ours, torch.load(path, weights_only=True))
+    first, second = (view.untyped_storage().data_ptr() for view in ours["views"][:2])
+    assert first == second, "what shares its memory goes on to"
+
+
+_KINDS = [
+    *(torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+]
+
+
+@pytest.mark.parametrize("kind", ["b1", "i1", "u2", "<i4", ">i4", "u8", "f2", ">f8", "c8", "c16"])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_numeric_arrays_of_every_kind_are_read(tmp_path, kind, protocol):
+    array = np.arange(6).reshape(2, 3).astype(kind)
+    content = {"model": {"a": array, "again": array}, "__author__": "x"}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
+    found = read_checkpoint(tmp_path / "x.pkl")["model"]
+    assert found["a"].dtype == array.dtype
+    assert np.array_equal(found["a"], array)
+    assert found["a"] is found["again"]
+
+
+def test_pickles_of_python_2_are_read(tmp_path):
+    dtype = b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR"
+    dtype += b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    array += b"(K\x01K\x02\x85" + dtype + b"\x89U\x08\x00\x00\x80?\x00\x00\x00\xc0tb"
+    (tmp_path / "R-50.pkl").write_bytes(b"\x80\x02}U\x01w" + array + b"s.")
+    found = read_checkpoint(tmp_path / "R-50.pkl")["model"]["w"]
+    assert found.tolist() == [1.0, -2.0]
+    found += 1  # owns its memory
+
+
+@pytest.mark.parametrize(
+    ("value", "trusted"),
+    [(v, True) for v in ("1", "true", "YES", " On ")]
+    + [(v, False) for v in ("", "0", "False", "no", "off")],
+)
+def test_words_for_trust(tmp_path, monkeypatch, value, trusted):
+    monkeypatch.setenv(TRUST_VARIABLE, value)
+    path = tmp_path / "x.pkl"
+    content = {"model": {"w": np.ones(1)}, "__author__": "x", "y": _Malicious(tmp_path / "y")}
+    path.write_bytes(pickle.dumps(content))
+    if trusted:
+        read_checkpoint(path)
+    else:
+        with pytest.raises(DataError, match="can run any code"):
+            read_checkpoint(path)
+    assert (tmp_path / "y").is_dir() == trusted
+
+
+@pytest.mark.parametrize("value", ["n", "00", "2", "trust me"])
+def test_another_word_for_trust_is_an_error(tmp_path, monkeypatch, value):
+    monkeypatch.setenv(TRUST_VARIABLE, value)
+    torch.save({"w": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=f"{TRUST_VARIABLE} is '{value}'; set it to 1"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_trusted_archives_have_their_checksums_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    torch.save({"w": torch.full((4,), 7.0)}, tmp_path / "x.pth")
+    whole = (tmp_path / "x.pth").read_bytes()
+    weights = torch.full((4,), 7.0).numpy().tobytes()
+    (tmp_path / "x.pth").write_bytes(whole.replace(weights, b"\1" + weights[1:]))
+    with pytest.raises(DataError, match="CRC"):
+        read_checkpoint(tmp_path / "x.pth")

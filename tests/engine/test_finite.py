@@ -1,12 +1,15 @@
 """Losses that are not numbers never reach the weights."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
-from bags_d2 import BAGSTrainer
+from bags_d2 import BagsError, BAGSTrainer
+from bags_d2.data.loader import NamingDatasetMapper
 from bags_d2.engine import setup_cfg
 from bags_d2.errors import NonFiniteLossError
 
@@ -105,3 +108,39 @@ def test_finite_losses_are_logged_as_ever(make_trainer):
     latest = trainer.storage.latest()
     assert math.isfinite(latest["total_loss"][0])
     assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"} <= set(latest)
+
+
+def test_proposals_that_are_not_finite_stop_training_the_same_way(make_trainer, log_lines):
+    lines = log_lines("detectron2.engine.train_loop")
+    trainer = make_trainer()
+    torch.nn.init.constant_(trainer.model.proposal_generator.rpn_head.anchor_deltas.bias, math.nan)
+    with pytest.raises(
+        NonFiniteLossError, match=r"proposals of the RPN at iteration 0, .*\.jpg; l"
+    ):
+        trainer.train()
+    assert not any("Exception" in line for line in lines), "a sentence, and no traceback before it"
+
+
+def test_a_killed_worker_of_the_data_loader_is_told(make_trainer, monkeypatch, log_lines):
+    lines = log_lines("detectron2.engine.train_loop")
+    parent, read = os.getpid(), NamingDatasetMapper.__call__
+
+    def die(self, record):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, record)
+
+    monkeypatch.setattr(NamingDatasetMapper, "__call__", die)
+    with pytest.raises(BagsError, match=r"DataLoader worker.*NUM_WORKERS.*--resume") as caught:
+        make_trainer("DATALOADER.NUM_WORKERS", "1").train()
+    assert "\n" not in str(caught.value)
+    assert not any("Exception" in line for line in lines)
+
+
+def test_other_errors_keep_their_traceback(make_trainer, log_lines):
+    lines = log_lines("detectron2.engine.train_loop")
+    trainer = make_trainer()
+    trainer._trainer._data_loader_iter_obj = iter([])
+    with pytest.raises(StopIteration):
+        trainer.train()
+    assert any("Exception during training" in line for line in lines)

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 
-from bags_d2 import ConfigError, MissingFileError
-from bags_d2.engine import check_files, setup_cfg
+from bags_d2 import ConfigError, MissingFileError, add_bags_config
+from bags_d2.config import merge_config_file, read_config_file
+from bags_d2.engine import check_files, process_count, setup_cfg
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_options_may_be_absent(setup, tmp_path):
 
 
 def test_a_missing_config_is_named():
-    with pytest.raises(MissingFileError, match=r"Config file 'gone\.yaml' does not exist"):
+    with pytest.raises(MissingFileError, match=r"'gone\.yaml' does not exist"):
         setup_cfg(argparse.Namespace(config_file="gone.yaml", opts=[]))
 
 
@@ -86,6 +89,63 @@ def test_a_faulty_config_is_named(setup, text, opts, message):
 def test_a_missing_base_is_named(setup):
     with pytest.raises((ConfigError, MissingFileError), match=r"Base-gone\.yaml"):
         setup("_BASE_: Base-gone.yaml\n")
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml"))[::8], ids=lambda p: p.stem)
+def test_files_are_merged_as_detectron2_merges_them(path):
+    theirs = get_cfg()
+    add_bags_config(theirs)
+    theirs.merge_from_file(str(path))
+    ours = get_cfg()
+    add_bags_config(ours)
+    merge_config_file(ours, path)
+    assert ours == theirs
+    assert "!!" not in ours.dump(), "what a run writes of its config is data"
+
+
+def test_files_of_detectron2s_first_version_are_upgraded(tmp_path):
+    (tmp_path / "old.yaml").write_text("VERSION: 1\nTEST:\n  DETECTIONS_PER_IMG: 77\n")
+    cfg = get_cfg()
+    add_bags_config(cfg)
+    merge_config_file(cfg, tmp_path / "old.yaml")
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 77
+    assert cfg.VERSION == 2
+
+
+def test_of_several_bases_later_ones_take_precedence_and_the_file_over_all(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 1\nMODEL: {DEVICE: a, MASK_ON: true, WEIGHTS: a}\n")
+    (tmp_path / "b.yaml").write_text("MODEL: {DEVICE: b, WEIGHTS: b}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.yaml").write_text(
+        f"_BASE_: [../a.yaml, {tmp_path}/b.yaml]\nMODEL: {{WEIGHTS: c}}\n"
+    )
+    expected = {"SEED": 1, "MODEL": {"DEVICE": "b", "MASK_ON": True, "WEIGHTS": "c"}}
+    assert read_config_file(tmp_path / "sub" / "c.yaml") == expected
+
+
+def test_one_base_may_be_reached_in_two_ways(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 1\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
+    (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\n")
+    assert read_config_file(tmp_path / "c.yaml") == {"SEED": 1}
+
+
+def test_bases_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("SEED: 1\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.yaml").write_text("_BASE_: ~/a.yaml\n")
+    assert read_config_file(tmp_path / "sub" / "b.yaml") == {"SEED": 1}
+
+
+def test_keys_below_a_value_of_the_base_are_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("MODEL: 1\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nMODEL: {DEVICE: cpu}\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml' has keys below 'MODEL', which is a value"):
+        read_config_file(tmp_path / "b.yaml")
 
 
 # Data sets and checkpoints
@@ -194,3 +254,27 @@ def test_resuming_needs_no_initial_checkpoint(cfg_of, tmp_path):
     check_files(cfg, resume=True)
     with pytest.raises(MissingFileError):
         check_files(cfg)
+
+
+def test_evaluation_gives_no_advice_that_the_checkpoint_may_contradict(cfg_of):
+    cfg = cfg_of("MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    with pytest.raises(ConfigError, match="set it to 1"):
+        check_files(cfg)
+    with pytest.raises(ConfigError, match=r"has 1 classes but .* is 3; name a test set of the che"):
+        check_files(cfg, eval_only=True)
+
+
+def test_processes_share_a_batch_evenly(cfg_of):
+    for count in (1, 2, 4):
+        check_files(cfg_of("SOLVER.IMS_PER_BATCH", 4), num_processes=count)
+    with pytest.raises(ConfigError, match="4, which 3 processes"):
+        check_files(cfg_of("SOLVER.IMS_PER_BATCH", 4), num_processes=3)
+    check_files(cfg_of("SOLVER.IMS_PER_BATCH", 4), eval_only=True, num_processes=3)
+
+
+def test_processes_are_counted_over_machines_and_as_torchrun_says(monkeypatch):
+    args = argparse.Namespace(num_gpus=4, num_machines=2)
+    assert process_count(args) == 8
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert process_count(args) == 6
