@@ -12,6 +12,7 @@ from bags_d2.engine import setup_cfg
 from bags_d2.engine.checkpoint_file import read_model_weights
 from bags_d2.engine.tau_norm import tau_normalize
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import write_atomically
 
 
 def main() -> None:
@@ -29,8 +30,9 @@ def main() -> None:
             raise ConfigError("--max-count needs --config-file, whose training set is counted.")
         classes = training_class_counts(setup_cfg(args), by="instances") < args.max_count
     weights = read_model_weights(args.input)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": tau_normalize(weights, args.tau, classes)}, args.output)
+    normalized = {"model": tau_normalize(weights, args.tau, classes)}
+    with write_atomically(args.output, "wb") as file:
+        torch.save(normalized, file)
     print(f"'{args.output}' is '{args.input}' with tau {args.tau}.")
 
 

@@ -1,11 +1,10 @@
 """Detectron2's default trainer, plus what long-tailed training in two stages needs."""
 
-import json
 import logging
-import math
 import os
 import weakref
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -22,7 +21,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..data.class_counts import training_class_counts
@@ -34,6 +33,8 @@ from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..seeding import seed_generators, step_seed
+from ..utils.events import default_writers
+from ..utils.files import write_json
 from .checkpoint import LongTailCheckpointer
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .frozen import skip_frozen_parts
@@ -118,6 +119,10 @@ class BAGSTrainer(DefaultTrainer):
         """The parent's, after one that seeds every step (unless ``SEED`` is negative)."""
         seeding = [_SeededSteps(self.cfg)] if self.cfg.SEED >= 0 else []
         return [*seeding, *super().build_hooks()]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, with ``metrics.json`` in strict JSON."""
+        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
@@ -212,6 +217,9 @@ class BAGSTrainer(DefaultTrainer):
             Metrics in percent by task, by data set first if there are several.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        results_file = Path(output_folder) / "results.json"
+        if comm.is_main_process():
+            results_file.unlink(missing_ok=True)  # stale as soon as new detections are written
         if evaluators is None:
             counts = _evaluation_counts(cfg, model) if cfg.DATASETS.TEST else None
             evaluators = [
@@ -222,9 +230,7 @@ class BAGSTrainer(DefaultTrainer):
             ]
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
-            PathManager.mkdirs(output_folder)
-            with PathManager.open(os.path.join(output_folder, "results.json"), "w") as file:
-                json.dump(_nan_to_none(results), file, indent=2)
+            write_json(results_file, results)
         return results
 
     @classmethod
@@ -263,10 +269,3 @@ def _evaluation_counts(cfg: CfgNode, model: nn.Module) -> torch.Tensor | None:
     except MissingFileError as error:
         logger.warning("AP per bin of training instances is left out: %s", error)
         return None
-
-
-def _nan_to_none(results):
-    """Measures that nothing defines are null in JSON, which has no NaN."""
-    if isinstance(results, dict):
-        return {key: _nan_to_none(value) for key, value in results.items()}
-    return None if isinstance(results, float) and math.isnan(results) else results

@@ -215,9 +215,23 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
+        _held.add(descriptor)
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked process, such as a data loader's, that outlives this one must not hold its locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _umask() -> int:
