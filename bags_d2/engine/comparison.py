@@ -24,6 +24,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..data.class_counts import missing_dataset_message
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
 from .feature_cache import first_difference, select_config
@@ -333,6 +334,8 @@ def _data_record(names: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"Data set '{name}' (DATASETS) is not registered (docs/datasets.md).")
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file"):
+            if not os.path.isfile(metadata.json_file):
+                raise MissingFileError(missing_dataset_message(name, metadata.json_file))
             record[f"annotation file of {name}"] = content_hash(metadata.json_file)[:16]
         digest, root = hashlib.sha256(), metadata.get("image_root")
         for path in sorted(r["file_name"] for r in DatasetCatalog.get(name)):
