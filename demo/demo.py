@@ -142,7 +142,11 @@ def refuse_overwriting(inputs: list[Path], outputs: list[Path]) -> None:
 
 def draw_images(artist: Artist, inputs: list[Path], outputs: list[Path | None]) -> None:
     for source, target in zip(tqdm(inputs, disable=len(inputs) == 1), outputs, strict=True):
-        picture = artist(read_image(source))
+        image = read_image(source)
+        try:
+            picture = artist(image)
+        except DataError as error:
+            raise DataError(f"'{source}': {error}") from None
         if target is None:
             if not show(picture, wait_ms=0):
                 return

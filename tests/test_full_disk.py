@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 
 from bags_d2 import BagsError, BAGSTrainer
@@ -88,8 +89,13 @@ def test_files_of_a_comparison(tmp_path):
 
 
 def test_results(tiny_cfg, tmp_path, monkeypatch):
-    """Those before are gone, since they would be of other detections."""
-    monkeypatch.setattr(BAGSTrainer.__mro__[1], "test", lambda *_: {"bbox": {"AP": [1.0] * 500}})
+    """Those before are gone before an evaluation starts: they would be of other detections."""
+
+    def evaluate(*_):
+        assert not results.exists()
+        return {"bbox": {"AP": [1.0] * 500}}
+
+    monkeypatch.setattr(DefaultTrainer, "test", evaluate)
     cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", ())
     results = tmp_path / "inference" / "results.json"
     results.parent.mkdir()

@@ -92,6 +92,12 @@ class LongTailPredictor(DefaultPredictor):
                 f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
                 "with bags_d2.data.images.read_image."
             )
+        resized = self.aug.get_transform(found) if found.size else None
+        if min(getattr(resized, "new_h", found.size), getattr(resized, "new_w", found.size)) < 1:
+            raise DataError(
+                f"An image of {found.shape[1]} x {found.shape[0]} pixels is too narrow for "
+                "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; crop it."
+            )
         return super().__call__(original_image)
 
     @classmethod

@@ -129,3 +129,11 @@ def test_what_is_no_image_of_8_bits_is_refused(make_cfg, image, found):
     predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
     with pytest.raises(DataError, match=rf"must be a uint8 array .* found {found}"):
         predictor(image)
+
+
+@pytest.mark.parametrize("shape", [(1, 9000, 3), (9000, 1, 3), (0, 5, 3)])
+def test_an_image_too_narrow_to_be_resized_is_refused(make_cfg, shape):
+    predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
+    with pytest.raises(DataError, match=rf"{shape[1]} x {shape[0]} pixels is too narrow"):
+        predictor(np.zeros(shape, dtype=np.uint8))
+    assert "instances" in predictor(np.zeros((1, 1, 3), dtype=np.uint8))
