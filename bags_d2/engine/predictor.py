@@ -92,8 +92,8 @@ class LongTailPredictor(DefaultPredictor):
                 f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
                 "with bags_d2.data.images.read_image."
             )
-        resized = self.aug.get_transform(found) if found.size else None
-        if min(getattr(resized, "new_h", found.size), getattr(resized, "new_w", found.size)) < 1:
+        resize = self.aug.get_transform(found) if found.size else None
+        if not found.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
             raise DataError(
                 f"An image of {found.shape[1]} x {found.shape[0]} pixels is too narrow for "
                 "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; crop it."
