@@ -22,6 +22,8 @@ from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import extract_features, fit_classifier, setup_cfg
 
 TINY = str(Path(__file__).resolve().parents[1] / "tiny.yaml")
+pytestmark = pytest.mark.slow
+
 KILLS = 6  # of each kind of run; the tests of this file make 26 with the two of building data
 
 
