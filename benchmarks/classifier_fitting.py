@@ -22,15 +22,16 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from bags_d2 import BAGSTrainer, build_box_predictor
-from bags_d2.engine import LongTailCheckpointer, feature_cache, setup_cfg
-from bags_d2.engine.feature_cache import (
+from bags_d2.engine import LongTailCheckpointer, setup_cfg
+from bags_d2.fitting import cache as feature_cache
+from bags_d2.fitting.cache import (
     FeatureCache,
     extract_features,
     load_frozen_detector,
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, RoISampler, fit_classifier
+from bags_d2.fitting.train import CachedBatches, ClassifierLoss, RoISampler, fit_classifier
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5

@@ -1,8 +1,6 @@
 """Trainer, checkpointing and the choice of what trains."""
 
 from .checkpoint import LongTailCheckpointer
-from .feature_cache import FeatureCache, extract_features
-from .fitting import fit_classifier
 from .launch import launch
 from .predictor import LongTailPredictor
 from .setup import check_files, setup_cfg
@@ -11,12 +9,9 @@ from .trainer import BAGSTrainer
 
 __all__ = [
     "BAGSTrainer",
-    "FeatureCache",
     "LongTailCheckpointer",
     "LongTailPredictor",
     "check_files",
-    "extract_features",
-    "fit_classifier",
     "launch",
     "select_trainable_params",
     "setup_cfg",

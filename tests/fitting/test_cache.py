@@ -19,8 +19,8 @@ from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data.datasets import load_lvis_format
-from bags_d2.engine import feature_cache
-from bags_d2.engine.feature_cache import (
+from bags_d2.fitting import cache as feature_cache
+from bags_d2.fitting.cache import (
     FeatureCache,
     extract_features,
     load_frozen_detector,

@@ -20,14 +20,14 @@ from detectron2.utils.events import EventStorage
 import train_net
 from bags_d2 import BAGSTrainer, ConfigError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
-from bags_d2.engine.feature_cache import (
+from bags_d2.fitting.cache import (
     FeatureCache,
     extract_features,
     load_frozen_detector,
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import (
+from bags_d2.fitting.train import (
     CachedBatches,
     ClassifierLoss,
     RoISampler,

@@ -44,10 +44,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.loader import NamingDatasetMapper
+from ..engine.checkpoint import LongTailCheckpointer
+from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError, MissingFileError
 from ..seeding import seed_generators
-from .checkpoint import LongTailCheckpointer
-from .trainer import BAGSTrainer
 
 __all__ = [
     "CacheSettings",

@@ -22,16 +22,16 @@ from torch import nn
 
 from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
+from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError
 from ..seeding import seed_generators, step_seed
-from .feature_cache import (
+from .cache import (
     FeatureCache,
     first_difference,
     load_frozen_detector,
     select_config,
     training_records,
 )
-from .trainer import BAGSTrainer
 
 __all__ = ["CachedBatches", "ClassifierLoss", "RoISampler", "fit_classifier"]
 
