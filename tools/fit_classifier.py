@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from bags_d2.engine import check_files, launch, setup_cfg
 from bags_d2.errors import exit_with_one_sentence
-from bags_d2.fitting.cache import extract_features
+from bags_d2.fitting.extract import extract_features
 from bags_d2.fitting.train import fit_classifier
 
 

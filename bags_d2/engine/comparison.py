@@ -23,7 +23,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ..errors import ConfigError
-from ..fitting.cache import first_difference, select_config
+from ..utils.settings import first_difference, select_config
 from .setup import setup_cfg
 
 __all__ = ["BASELINE", "Comparison", "Kind", "Run"]

@@ -199,6 +199,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
         raise DataError(
             f"'{os.fspath(folder)}' cannot be written to ({error.strerror}); name another folder."
         ) from None
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,7 +218,22 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+# A lock ends with the last process that has its file open: a worker process that outlives a killed
+# parent for some seconds would keep it, so forked processes let go at once.
+_held: set[int] = set()
+
+
+def _release_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _umask() -> int:

@@ -24,7 +24,7 @@ from detectron2.utils.events import EventStorage
 from torch.func import functional_call
 
 from bags_d2 import BAGSTrainer, add_bags_config
-from bags_d2.fitting.cache import extract_features
+from bags_d2.fitting.extract import extract_features
 from bags_d2.fitting.train import fit_classifier
 from bags_d2.modeling import FastRCNNOutputLayers
 from bags_d2.modeling.box_predictors.lws import LWSOutputLayers
