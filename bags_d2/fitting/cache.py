@@ -14,6 +14,7 @@ Shapes in this file: N training images, I images of a shard, R RoIs, D features 
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -296,7 +297,7 @@ class FeatureCache:
     def _finite(self, features: np.ndarray, shards: Sequence[int]) -> torch.Tensor:
         tensor = torch.from_numpy(features)
         # Faster by far than isfinite: one pass, and NaN is both least and greatest.
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.numel() and not all(math.isfinite(x) for x in tensor.aminmax()):
             bad = next(s for s in shards if not np.isfinite(self._features[s]).all())
             raise _damaged(self._shards[bad].path / "features.npy", "infinite or NaN")
         return tensor

@@ -30,7 +30,7 @@ from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
 from .extract import load_frozen_detector, training_records
 
-__all__ = ["ClassifierLoss", "cached_batches", "fit_classifier", "sample_rois"]
+__all__ = ["ClassifierLoss", "cached_batches", "fit_classifier", "roi_sampler", "sample_rois"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,20 +121,23 @@ def _train(
         ]
     )
     start = progress.resume()
+    division = (num_images // num_parts, num_parts)
+    trainer.reset_data_loader(
+        lambda: cached_batches(cache, *division, roi_sampler(cfg), order, _seed_of(cfg), start)
+    )
+    logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
+    trainer.train(start, cfg.SOLVER.MAX_ITER)
+
+
+def roi_sampler(cfg: CfgNode) -> Callable[..., np.ndarray]:
+    """:func:`sample_rois` for a config."""
     heads = cfg.MODEL.ROI_HEADS
-    sample = functools.partial(
+    return functools.partial(
         sample_rois,
         num_rois=heads.BATCH_SIZE_PER_IMAGE,
         positive_fraction=heads.POSITIVE_FRACTION,
         num_classes=heads.NUM_CLASSES,
     )
-    trainer.reset_data_loader(
-        lambda: cached_batches(
-            cache, num_images // num_parts, num_parts, sample, order, _seed_of(cfg), start
-        )
-    )
-    logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
-    trainer.train(start, cfg.SOLVER.MAX_ITER)
 
 
 def sample_rois(
@@ -188,7 +191,7 @@ def cached_batches(
         cache: the features.
         images_per_part: images of a device's batch.
         num_parts: devices.
-        sample: :func:`sample_rois` for a config.
+        sample: see :func:`roi_sampler`.
         order: positions of an epoch's images.
         seed: seed of the order and of the RoIs.
         start: step of the first batch.
@@ -255,7 +258,7 @@ class _Progress(HookBase):
 
     def __init__(self, path: Path, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
         self.path = path
-        self.period = cfg.SOLVER.CHECKPOINT_PERIOD
+        self.period, self.num_steps = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER
         self.predictor = predictor
         self.seed = _seed_of(cfg)
         self.device = torch.device(cfg.MODEL.DEVICE).type
@@ -278,7 +281,7 @@ class _Progress(HookBase):
                 self.predictor.load_state_dict(saved["model"])
                 self.trainer.load_state_dict(saved["trainer"])
                 _require_finite(self.predictor)
-                start = self.trainer.iter + 1
+                start = range(self.num_steps + 1).index(self.trainer.iter + 1)
         except Exception as error:  # states of another form raise nearly anything
             detail = " ".join(str(error).split())[:200]
             raise DataError(
@@ -298,12 +301,7 @@ class _Progress(HookBase):
         seed_generators(step_seed(self.seed, self.trainer.iter), self.device)
 
     def after_step(self) -> None:
-        step = self.trainer.iter + 1
-        losses = self.trainer.storage.latest()
-        if step % LOG_PERIOD == 0 and "loss_cls" in losses:
-            # Detectron2 leaves out the sum of a single loss.
-            self.trainer.storage.put_scalar("total_loss", losses["loss_cls"][0])
-        if step % self.period == 0:
+        if (self.trainer.iter + 1) % self.period == 0:
             _require_finite(self.predictor)
             state = {
                 "settings": self.settings,

@@ -1,7 +1,11 @@
 """Pass 1 of classifier fitting: what is cached, and what becomes of interruptions and mistakes."""
 
+import copy
+import errno
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import DatasetMapper
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
 from detectron2.structures import pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
-from bags_d2.data.datasets import load_lvis_format
+from bags_d2.data.datasets import load_lvis_format, register_lvis_format
 from bags_d2.fitting import extract as pass1
-from bags_d2.fitting.cache import FeatureCache
+from bags_d2.fitting.cache import FEATURE_KEYS, FeatureCache, cache_settings
 from bags_d2.fitting.extract import extract_features, load_frozen_detector, roi_features
+from bags_d2.fitting.train import fit_classifier
+from bags_d2.utils.files import FolderInUseError, lock_folder
+from bags_d2.utils.settings import select_config
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
@@ -261,6 +268,165 @@ def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path,
     before = contents(cache)
     extract_features(make_cfg(*indifferent), cache)
     assert contents(cache) == before
+
+
+@pytest.fixture
+def own_data(make_cfg, datasets_root, register, tmp_path):
+    """Config on a copy of the tiny data set; its annotation file; and a picture of it."""
+    folder = Path(shutil.copytree(datasets_root / "glyphs_tiny", tmp_path / "data"))
+    annotations = folder / "annotations" / "glyphs_tiny_train.json"
+    register("own_train", str(annotations), str(folder))
+    cfg = make_cfg("DATASETS.TRAIN", ("own_train",))
+    return cfg, annotations, Path(pass1.training_records(cfg)[3]["file_name"])
+
+
+def edit(path, old, new):
+    """Replace text once by as much text, keeping the time of modification."""
+    before = path.stat()
+    text = path.read_text()
+    assert text.count(old) >= 1
+    assert len(old) == len(new)
+    path.write_text(text.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_edit_that_keeps_the_size_is_not_served_stale(own_data, tmp_path):
+    cfg, annotations, _ = own_data
+    extract_features(cfg, tmp_path / "cache")
+    before = annotations.stat().st_size
+    category = json.loads(annotations.read_text())["annotations"][0]["category_id"]
+    edit(annotations, f'"category_id":{category}', f'"category_id":{7 - category}')
+    assert annotations.stat().st_size == before
+    message = r"made with other settings or data: annotations is \w+ there and \w+ now; delete"
+    with pytest.raises(ConfigError, match=message):
+        extract_features(cfg, tmp_path / "cache")
+    with pytest.raises(ConfigError, match=message):
+        fit_classifier(cfg, tmp_path / "cache")
+
+
+def test_changed_images_are_noticed(own_data):
+    cfg, _, image = own_data
+    records = pass1.training_records(cfg)
+    settings = cache_settings(cfg, records)
+    time = image.stat().st_mtime_ns
+    os.utime(image, ns=(time, time + 1))
+    assert cache_settings(cfg, records)["images"] != settings["images"]
+    os.utime(image, ns=(time, time))
+    assert cache_settings(cfg, records) == settings
+    image.write_bytes(image.read_bytes() + b"0")
+    os.utime(image, ns=(time, time))
+    changed = cache_settings(cfg, records)
+    assert changed == {**settings, "images": changed["images"]} != settings
+
+
+def test_an_image_that_is_gone_is_named(own_data):
+    cfg, _, image = own_data
+    records = pass1.training_records(cfg)
+    image.unlink()
+    with pytest.raises(MissingFileError, match=f"Image '{image}' does not exist; restore"):
+        cache_settings(cfg, records)
+
+
+def test_names_and_labels_of_classes_decide(own_data):
+    cfg, *_ = own_data
+    records = pass1.training_records(cfg)
+    settings = cache_settings(cfg, records)
+
+    def changed(records):
+        now = cache_settings(cfg, records)
+        return {key for key in settings if settings[key] != now[key]}
+
+    # Another order of the classes gives the same annotation file other labels.
+    other = copy.deepcopy(records)
+    other[0]["annotations"][0]["category_id"] = 5 - other[0]["annotations"][0]["category_id"]
+    assert changed(other) == {"classes"}
+    # Other ids of images change nothing; another order of images does.
+    assert changed([{**r, "image_id": i} for i, r in enumerate(records)]) == set()
+    assert changed(records[::-1]) >= {"images"}
+    metadata = MetadataCatalog.get("own_train")
+    names = metadata.thing_classes
+    MetadataCatalog.remove("own_train")
+    MetadataCatalog.get("own_train").set(
+        thing_classes=names[::-1], json_file=metadata.json_file, image_root=metadata.image_root
+    )
+    assert changed(records) == {"classes"}
+
+
+def test_records_of_a_function_decide_where_there_is_no_file(own_data, register):
+    cfg, *_ = own_data
+    records = pass1.training_records(cfg)
+    register("function_train", lambda: records)
+    cfg.DATASETS.TRAIN = ("function_train",)
+    settings = cache_settings(cfg, records)
+    assert cache_settings(cfg, copy.deepcopy(records)) == settings
+    other = copy.deepcopy(records)
+    other[3]["annotations"][0]["bbox"][0] += 1
+    assert cache_settings(cfg, other)["annotations"] != settings["annotations"]
+    other = copy.deepcopy(records)
+    other[3]["annotations"][0]["segmentation"] = {"counts": b"12", "size": np.array([9, 9])}
+    assert cache_settings(cfg, other)["annotations"] != settings["annotations"]
+
+
+def test_the_place_of_the_data_makes_no_difference(own_data, tmp_path, register):
+    cfg, annotations, _ = own_data
+    settings = cache_settings(cfg, pass1.training_records(cfg))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    DatasetCatalog.remove("own_train")
+    MetadataCatalog.remove("own_train")
+    moved = tmp_path / "moved"
+    register_lvis_format("own_train", str(moved / "annotations" / annotations.name), str(moved))
+    assert cache_settings(cfg, pass1.training_records(cfg)) == settings
+
+
+def test_keys_of_a_backbone_of_the_users_decide(own_data):
+    cfg, *_ = own_data
+    records = pass1.training_records(cfg)
+    settings = cache_settings(cfg, records)
+    cfg.MODEL.SWIN = CfgNode({"DEPTHS": (2, 2)})
+    assert cache_settings(cfg, records) == {**settings, "MODEL.SWIN.DEPTHS": "[2, 2]"}
+
+
+def test_listed_keys_exist():
+    cfg = get_cfg()
+    assert all(select_config(cfg, (glob,)) for glob in FEATURE_KEYS)
+    # Nothing of evaluation, of losses or of the classifier is among them.
+    names = set(select_config(cfg, FEATURE_KEYS))
+    assert not any(n.endswith("_TEST") or "LOSS" in n or "SMOOTH_L1" in n for n in names)
+
+
+def test_one_run_at_a_time_fills_a_cache(make_cfg, tmp_path):
+    with (
+        lock_folder(tmp_path / "cache"),
+        pytest.raises(FolderInUseError, match=f"cache' is in use by process {os.getpid()}"),
+    ):
+        extract_features(make_cfg(), tmp_path / "cache")
+    assert not contents(tmp_path / "cache")
+
+
+def test_a_deleted_shard_is_made_anew(make_cfg, tmp_path):
+    cfg = make_cfg()
+    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    before = contents(tmp_path / "cache")
+    path = tmp_path / "cache" / "view0" / "shard00001" / "labels.npy"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"delete '(.*)' and run") as caught:
+        FeatureCache(tmp_path / "cache")
+    shutil.rmtree(re.search("delete '(.*)' and", str(caught.value))[1])
+    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_disk_that_fills_up_leaves_no_half_shard(make_cfg, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(DataError, match=r"features\.npy' could not be written \(No space"):
+            extract_features(make_cfg(), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("view*/shard?????"))
+    extract_features(make_cfg(), tmp_path / "cache")
+    FeatureCache(tmp_path / "cache")
 
 
 def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):

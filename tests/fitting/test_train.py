@@ -1,10 +1,12 @@
 """Pass 2 of classifier fitting: the same training as online, on cached features."""
 
+import errno
 import functools
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 import train_net
-from bags_d2 import BAGSTrainer, ConfigError, MissingFileError, add_bags_config
+from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
 from bags_d2.data.samplers import epoch_order, shuffled
+from bags_d2.errors import NonFiniteLossError
 from bags_d2.fitting.cache import FeatureCache
 from bags_d2.fitting.extract import (
     extract_features,
@@ -38,6 +41,7 @@ from bags_d2.fitting.train import (
     fit_classifier,
     sample_rois,
 )
+from bags_d2.utils.files import FolderInUseError, lock_folder
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 SETS = {"fitted_train": "train", "fitted_val": "val"}
@@ -356,3 +360,163 @@ def test_class_means_are_fitted_and_evaluated(cfg_of, stage1):
     arguments += ["MODEL.WEIGHTS", str(path), "OUTPUT_DIR", str(path.parent)]
     results = train_net.main(default_argument_parser().parse_args(arguments))
     assert "AP" in results["bbox"]
+
+
+# What is not finite, damaged or in use
+
+
+@pytest.mark.parametrize("predictor", [BAGS, SOFTMAX], ids=["bags", "softmax"])
+def test_divergence_is_an_error_and_nothing_is_written(predictor, cfg_of, stage1, tmp_path):
+    cfg = cfg_of(*predictor, "SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 40, "SOLVER.STEPS", ())
+    message = r"^Infinite or NaN loss at iteration \d+: loss_cls[^;]*; lower SOLVER\.BASE_LR"
+    with pytest.raises(NonFiniteLossError, match=message):
+        fit_classifier(cfg, stage1 / "cache")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_progress_of_a_fit_that_diverges_is_good(cfg_of, stage1, tmp_path):
+    options = ("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 40, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(NonFiniteLossError, match=r"delete '.*fitting\.pth' if it exists"):
+        fit_classifier(cfg_of(*BAGS, *options, "SOLVER.STEPS", ()), stage1 / "cache")
+    weights = weights_of(tmp_path / "run" / "fitting.pth")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_written(cfg_of, stage1, tmp_path):
+    # The loss of the only step is finite, and no later one tells.
+    huge = ("SOLVER.BASE_LR", 1e38, "SOLVER.WEIGHT_DECAY", 1e9, "SOLVER.WARMUP_ITERS", 0)
+    cfg = cfg_of(*BAGS, *huge, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ())
+    with pytest.raises(NonFiniteLossError, match=r"Weights of '.*' .* infinite or NaN; lower"):
+        fit_classifier(cfg, stage1 / "cache")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_some_steps_whose_loss_is_not_finite_may_be_left_out(cfg_of, stage1, monkeypatch):
+    original = ClassifierLoss.forward
+    calls = itertools.count()
+
+    def forward(self, batch):
+        losses = original(self, batch)
+        return {k: x * float("nan") for k, x in losses.items()} if next(calls) == 2 else losses
+
+    monkeypatch.setattr(ClassifierLoss, "forward", forward)
+    cfg = cfg_of(*BAGS, "SOLVER.MAX_NONFINITE_STEPS", 1)
+    assert all(
+        w.isfinite().all() for w in weights_of(fit_classifier(cfg, stage1 / "cache")).values()
+    )
+
+
+@pytest.mark.parametrize("predictor", ["BAGSOutputLayers", "NearestMeanOutputLayers"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_not_trained_on(
+    predictor, value, cfg_of, stage1, tmp_path
+):
+    cache = shutil.copytree(stage1 / "cache", tmp_path / "cache")
+    path = cache / "view0" / "shard00000" / "features.npy"
+    features = np.load(path)
+    features[::10, 3] = value
+    np.save(path, features)
+    with pytest.raises(DataError, match=r"shard00000/features\.npy' is damaged \(infinite"):
+        fit_classifier(cfg_of("MODEL.ROI_BOX_PREDICTOR.NAME", predictor), cache)
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+
+
+def test_one_fit_at_a_time_writes_to_a_folder(cfg_of, stage1, tmp_path):
+    with (
+        lock_folder(tmp_path / "run"),
+        pytest.raises(FolderInUseError, match=f"run' is in use by process {os.getpid()}"),
+    ):
+        fit_classifier(cfg_of(*BAGS), stage1 / "cache")
+
+
+@pytest.fixture
+def unfinished(cfg_of, stage1, tmp_path, monkeypatch):
+    """The config of a fit that was interrupted, and its progress."""
+    options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
+    cfg = cfg_of(*BAGS, *options)
+    save = _Progress.after_step
+
+    def after_step(self):
+        save(self)
+        if self.trainer.iter == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Progress, "after_step", after_step)
+        with pytest.raises(KeyboardInterrupt):
+            fit_classifier(cfg, stage1 / "cache")
+    return cfg, tmp_path / "run" / "fitting.pth"
+
+
+def resave(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+DAMAGES = {
+    "empty": lambda p: p.write_bytes(b""),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-100]),
+    "text": lambda p: p.write_text("progress"),
+    "a tensor": lambda p: torch.save(torch.zeros(3), p),
+    "folder": lambda p: (p.unlink(), p.mkdir()),
+    "no trainer": lambda p: resave(p, lambda c: c.pop("trainer")),
+    "no settings": lambda p: resave(p, lambda c: c.pop("settings")),
+    "settings a list": lambda p: resave(p, lambda c: c.update(settings=[1])),
+    "weights of another shape": lambda p: resave(
+        p, lambda c: c["model"].update({"cls_score.bias": torch.zeros(2)})
+    ),
+    "NaN": lambda p: resave(p, lambda c: c["model"]["cls_score.bias"].fill_(torch.nan)),
+    "iteration a text": lambda p: resave(p, lambda c: c["trainer"].update(iteration="5")),
+    "iteration negative": lambda p: resave(p, lambda c: c["trainer"].update(iteration=-7)),
+    "iteration beyond the end": lambda p: resave(p, lambda c: c["trainer"].update(iteration=99)),
+    "trainer a number": lambda p: resave(p, lambda c: c.update(trainer=3)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_progress_is_named(case, unfinished, stage1):
+    cfg, path = unfinished
+    DAMAGES[case](path)
+    with pytest.raises(DataError, match=r"fitting\.pth' is not the progress of a fit .*; delete"):
+        fit_classifier(cfg, stage1 / "cache")
+
+
+def test_an_interrupted_fit_goes_on_elsewhere(unfinished, stage1, tmp_path, cfg_of):
+    cfg, path = unfinished
+    whole = cfg.clone()
+    whole.OUTPUT_DIR = str(tmp_path / "whole")
+    expected = weights_of(fit_classifier(whole, stage1 / "cache"))
+    cfg.MODEL.WEIGHTS = str(shutil.copy(cfg.MODEL.WEIGHTS, tmp_path / "copy.pth"))
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 3
+    resumed = weights_of(fit_classifier(cfg, stage1 / "cache"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not path.exists()
+
+
+def test_a_full_disk_keeps_the_progress(unfinished, stage1, monkeypatch):
+    cfg, path = unfinished
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(DataError, match=r"fitting\.pth' could not be written \(No space"):
+            fit_classifier(cfg, stage1 / "cache")
+    assert path.read_bytes() == before
+    fit_classifier(cfg, stage1 / "cache")
+
+
+def test_metrics_are_strict_json_with_the_total_loss(cfg_of, stage1, tmp_path):
+    cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 230, "SOLVER.STEPS", ())
+    fit_classifier(cfg, stage1 / "cache")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [99, 199]
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
