@@ -96,13 +96,6 @@ def cache_settings(
 
     In which folders files lie makes no difference, and neither does anything else in a config.
 
-    Args:
-        cfg: config of stage 2.
-        records: Detectron2's records of the training images.
-        views: views of every image.
-        rois_per_image: RoIs kept of an image, None for all.
-        images_per_shard: images of a shard.
-
     Raises:
         ConfigError: if ``views`` or ``rois_per_image`` is less than 1.
         MissingFileError: if the checkpoint or an image does not exist.
@@ -147,7 +140,7 @@ def read_settings(folder: Path) -> Settings:
 
     Raises:
         MissingFileError: if the folder is no cache.
-        DataError: if it was made by another version of this package, or the file is damaged.
+        DataError: if it is of another version of this package, or damaged.
     """
     path = folder / "cache.json"
     try:
@@ -211,9 +204,6 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """
-        Args:
-            folder: the cache.
-
         Raises:
             MissingFileError: if the folder is no cache.
             DataError: if shards do not exist yet, or a file is damaged.

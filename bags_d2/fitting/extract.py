@@ -7,6 +7,7 @@ does; a few augmented *views* stand for the augmentation of all epochs.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -61,14 +62,13 @@ def extract_features(
 
     Runs in each process of ``detectron2.engine.launch``. What is written depends neither on the
     number of processes nor on interruptions: augmentation and sampling are seeded by view and
-    position in the training set, and batches never span shards. The global random generators are
-    left in another state.
+    position in the training set, and batches never span shards.
 
     Args:
         cfg: config of stage 2; ``MODEL.WEIGHTS`` is the detector of stage 1.
         folder: the cache.
         views: views of every image, each with fresh augmentation.
-        rois_per_image: RoIs to keep of an image (:func:`sampling_for_cache`); None keeps all.
+        rois_per_image: RoIs to keep of an image (:func:`sample_for_cache`); None keeps all.
         images_per_shard: images of a shard.
 
     Raises:
@@ -119,12 +119,11 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
             it is a cascade, or other parts train as well.
     """
     model = BAGSTrainer.build_model(cfg)
-    heads = getattr(model, "roi_heads", None)
-    if (
-        not isinstance(model, GeneralizedRCNN)
-        or not isinstance(heads, StandardROIHeads)
-        or isinstance(heads, CascadeROIHeads)
-        or not isinstance(model.proposal_generator, RPN)
+    if not (
+        isinstance(model, GeneralizedRCNN)
+        and isinstance(model.proposal_generator, RPN)
+        and isinstance(model.roi_heads, StandardROIHeads)
+        and not isinstance(model.roi_heads, CascadeROIHeads)
     ):
         # A cascade's later stages see boxes that the earlier ones refined and labels of their own.
         raise ConfigError(
@@ -142,12 +141,9 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
             "cached features serve the classifier alone; set it to "
             "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
         )
-    LongTailCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        stage2=True,
-        new_classifier=cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE,
-    ).load(cfg.MODEL.WEIGHTS)
+    anew = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
+    checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, stage2=True, new_classifier=anew)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
     return model.train()
 
 
@@ -155,22 +151,24 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
 def roi_features(
     model: GeneralizedRCNN, inputs: list[dict]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What the classifier would be trained on in a step of ``model`` with these inputs.
+    """Features (R, D) and labels (R,) of each image that a step would train the classifier on.
 
-    Which RoIs these are is up to the RoI heads, and so to :func:`sampling_for_cache`. The steps are
-    those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training mode up to the
-    box predictor, but for the losses of the RPN.
+    The steps are those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training
+    mode up to the box predictor, but for the losses of the RPN.
 
     Args:
         model: the detector, in training mode; needs an EventStorage around the call.
         inputs: as for the model.
-
-    Returns:
-        For each image features (R, D) and labels (R,) of its sampled RoIs.
     """
     heads = model.roi_heads
     images = model.preprocess_image(inputs)
-    targets = [_boxes_and_classes(x["instances"]).to(model.device) for x in inputs]
+    # A sampled proposal takes all fields of its object with it, and a mask for each of a thousand
+    # proposals is a gigabyte.
+    objects = [x["instances"] for x in inputs]
+    targets = [
+        Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to(model.device)
+        for x in objects
+    ]
     features = model.backbone(images.tensor)
     with without_rpn_losses(model.proposal_generator):
         proposals, _ = model.proposal_generator(images, features, targets)
@@ -180,13 +178,6 @@ def roi_features(
     box_features = heads.box_head(pooled).flatten(start_dim=1)
     labels = [p.gt_classes for p in proposals]
     return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
-
-
-def _boxes_and_classes(instances: Instances) -> Instances:
-    # A sampled proposal takes all fields of its object with it, and a mask for each of a thousand
-    # proposals is a gigabyte.
-    fields = {name: instances.get(name) for name in ("gt_boxes", "gt_classes")}
-    return Instances(instances.image_size, **fields)
 
 
 @contextlib.contextmanager
@@ -200,40 +191,31 @@ def without_rpn_losses(rpn: RPN) -> Iterator[None]:
         del rpn.label_and_sample_anchors, rpn.losses
 
 
-@contextlib.contextmanager
-def sampling_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> Iterator[None]:
-    """Let RoI heads sample the RoIs that a cache keeps of an image.
+def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> None:
+    """Let RoI heads in training mode sample the RoIs that a cache keeps of an image.
 
-    All of them, or so many: what a step samples, and of the rest as much foreground as background.
-    That is a larger share of foreground than a step's, since RoIs of the tail are few, and each
-    adds more than yet another piece of background. If a step samples more than are to be kept, its
-    foreground goes first.
-
-    Args:
-        heads: the RoI heads of the model, in training mode.
-        rois_per_image: RoIs to keep, None for all.
+    All of them (None), or so many: what a step samples, and of the rest as much foreground as
+    background. That is a larger share of foreground than a step's, since RoIs of the tail are few,
+    and each adds more than yet another piece of background. If a step samples more than are to be
+    kept, its foreground goes first.
     """
-    step_size, step_fraction = heads.batch_size_per_image, heads.positive_fraction
     if rois_per_image is None:
         heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
-    else:
-        rest = max(rois_per_image - step_size, 0)
-        num_foreground = min(int(step_size * step_fraction) + rest // 2, rois_per_image)
-        heads.batch_size_per_image = rois_per_image
-        # Rounded down after multiplication, which must give this very number.
-        heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
-    try:
-        yield
-    finally:
-        heads.batch_size_per_image, heads.positive_fraction = step_size, step_fraction
+        return
+    rest = max(rois_per_image - heads.batch_size_per_image, 0)
+    of_step = int(heads.batch_size_per_image * heads.positive_fraction)
+    num_foreground = min(of_step + rest // 2, rois_per_image)
+    heads.batch_size_per_image = rois_per_image
+    # Rounded down after multiplication, which must give this very number.
+    heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
 
 
+@dataclasses.dataclass
 class _Images(Dataset):
     """Training images by (view, position), augmented alike whichever process asks and when."""
 
-    def __init__(self, records: list[dict], mapper: Callable[[dict], dict]) -> None:
-        self.records = records
-        self.mapper = mapper
+    records: list[dict]
+    mapper: Callable[[dict], dict]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         seed_generators(_seed("augmentation", *key))
@@ -245,36 +227,34 @@ def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int |
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         # As online: padding portraits and landscapes to a common size costs up to twice the work.
         order.sort(key=lambda i: records[i]["width"] > records[i]["height"])
-    keys = [[(shard.view, image) for image in order[shard.images]] for shard in shards]
+    batches = [
+        [(shard.view, image) for image in order[shard.images][i : i + IMAGES_PER_BATCH]]
+        for shard in shards
+        for i in range(0, shard.images.stop - shard.images.start, IMAGES_PER_BATCH)
+    ]
     loader = DataLoader(
         _Images(records, NamingDatasetMapper(cfg, is_train=True)),
-        batch_sampler=[batch for of_shard in keys for batch in _batches(of_shard)],
+        batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
     )
-    inputs = iter(loader)
     device = model.device.type
+    sample_for_cache(model.roi_heads, rois_per_image)
+    waiting, rois = iter(shards), []
+    shard = next(waiting, None)
     with (
-        tqdm(total=sum(map(len, keys)), disable=not comm.is_main_process()) as progress,
         EventStorage(),
-        sampling_for_cache(model.roi_heads, rois_per_image),
         torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda"),
     ):
-        for shard, of_shard in zip(shards, keys, strict=True):
-            rois = []
-            for batch in _batches(of_shard):
-                images = next(inputs)
-                seed_generators(_seed("sampling", *batch[0]), device)
-                rois += [
-                    (features.half().cpu().numpy(), labels.int().cpu().numpy())
-                    for features, labels in roi_features(model, images)
-                ]
-                progress.update(len(batch))
-            write_shard(shard, order[shard.images], rois)
-
-
-def _batches(keys: list) -> list[list]:
-    return [keys[i : i + IMAGES_PER_BATCH] for i in range(0, len(keys), IMAGES_PER_BATCH)]
+        progress = tqdm(loader, "box features", disable=not comm.is_main_process())
+        for keys, inputs in zip(batches, progress, strict=True):
+            seed_generators(_seed("sampling", *keys[0]), device)
+            for features, labels in roi_features(model, inputs):
+                rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
+            images = order[shard.images]
+            if len(rois) == len(images):
+                write_shard(shard, images, rois)
+                shard, rois = next(waiting, None), []
 
 
 def _seed(*parts) -> int:

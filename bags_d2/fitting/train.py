@@ -159,7 +159,7 @@ def sample_rois(
         num_classes: K, the label of background.
 
     Returns:
-        Ascending indices of the sampled RoIs.
+        Ascending indices.
     """
     # Runs 2i and 2i + 1 are the foreground and the background of image i. Sorted by run and a
     # random number, the first of each run are a random choice.
@@ -193,11 +193,8 @@ def cached_batches(
         num_parts: devices.
         sample: see :func:`roi_sampler`.
         order: positions of an epoch's images.
-        seed: seed of the order and of the RoIs.
+        seed: of the order and of the RoIs.
         start: step of the first batch.
-
-    Yields:
-        Features and labels of each device.
     """
     keys = epoch_keys(order, cache.settings["views"], seed, start * images_per_part * num_parts)
     for step in itertools.count(start):
@@ -224,23 +221,12 @@ class ClassifierLoss(nn.Module):
     """The classification loss of a box predictor on cached RoIs, as a model to train."""
 
     def __init__(self, predictor: nn.Module, device: torch.device | str = "cpu") -> None:
-        """
-        Args:
-            predictor: any box predictor of the registry.
-            device: where it computes.
-        """
         super().__init__()
         self.predictor = predictor
         self.device = torch.device(device)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            batch: features (R, D) and labels (R,) of every device's RoIs.
-
-        Returns:
-            ``loss_cls``: the mean over devices, as DistributedDataParallel averages gradients.
-        """
+        """``loss_cls``, the mean over devices, as DistributedDataParallel averages gradients."""
         losses = [self._loss(features, labels) for features, labels in batch]
         return {"loss_cls": torch.stack(losses).mean()}
 
