@@ -228,7 +228,7 @@ def main():
                 _, seconds, memory = measure(clock, task)
                 measured[name].append((seconds, memory))
         num_images = FeatureCache(cache).settings["num_images"]
-        num_bytes = FeatureCache(cache).num_bytes
+        num_bytes = sum(path.stat().st_size for path in cache.rglob("features.npy"))
         report(cfg, args, measured, difference, num_images, num_bytes)
         if args.lvis:
             rows = [lvis_rates(folder / f"lvis{n}", n) for n in (1013, 512, 128)]

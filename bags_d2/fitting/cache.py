@@ -115,6 +115,7 @@ def cache_settings(
     datasets = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     files = [PathManager.get_local_path(data.get("json_file") or "") for data in datasets]
     from_files = all(map(os.path.isfile, files))
+    contents = ({**record, "image_id": None} for record in records)  # may be numbered anew
     labels = ([a["category_id"] for a in r.get("annotations", ())] for r in records)
     defaults = get_cfg()
     add_bags_config(defaults)
@@ -123,7 +124,7 @@ def cache_settings(
         **select_config(cfg, _ANY, tuple(select_config(defaults, _ANY))),
         "format": FORMAT,
         "checkpoint": checkpoint[:16],
-        "annotations": _digest(map(content_hash, files) if from_files else map(_content, records)),
+        "annotations": _digest(map(content_hash, files) if from_files else contents),
         "classes": _digest([*(data.get("thing_classes") for data in datasets), *labels]),
         "images": _digest(map(_image_version, records)),
         "num_images": len(records),
@@ -199,7 +200,6 @@ class FeatureCache:
 
     Attributes:
         settings: what it was made of.
-        num_bytes: size of the features.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -219,7 +219,6 @@ class FeatureCache:
         arrays = [_open_shard(shard, self.settings["num_classes"]) for shard in self._shards]
         self._features = [features for features, *_ in arrays]
         self._labels = [labels for _, labels, *_ in arrays]
-        self.num_bytes = sum(features.nbytes for features in self._features)
         # Of every view and image: shard, first RoI, end of the RoIs.
         shape = (self.settings["views"], self.settings["num_images"], 3)
         self._places = np.full(shape, -1, dtype=np.int64)
@@ -236,16 +235,10 @@ class FeatureCache:
                 raise _damaged(shard.path / "features.npy", "another width than other shards")
             view[images] = np.stack([np.full(len(images), number), offsets[:-1], offsets[1:]], 1)
 
-    def __repr__(self) -> str:
-        views, num_images = self.settings["views"], self.settings["num_images"]
-        size = f"{self.num_bytes / 1e9:.2f} GB"
-        return f"FeatureCache('{self.folder}': {num_images:,} images x {views} views, {size})"
-
     def require(self, cfg: CfgNode, records: Sequence[dict]) -> None:
         """Raise a ConfigError unless the features are those of a config's frozen detector."""
         left_open = {name: self.settings[name] for name in _OPEN}
-        wanted = cache_settings(cfg, records) | left_open
-        require_settings(self.folder, self.settings, wanted)
+        require_settings(self.folder, self.settings, cache_settings(cfg, records) | left_open)
 
     def parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Features (R, D) float16 and labels (R,) of all views and images, a shard at a time."""
@@ -368,23 +361,9 @@ def _remedy(folder: Path) -> str:
     return f"delete '{folder}' and run tools/fit_classifier.py again, or name another with --cache."
 
 
-def _content(record: dict) -> dict:
-    """All but the image's id, which may be numbered anew with every loading."""
-    return {name: value for name, value in record.items() if name != "image_id"}
-
-
 def _image_version(record: dict) -> tuple[str, int, int]:
-    path = record["file_name"]
-    try:
-        found = os.stat(path)
-    except OSError:
-        if "://" in path:
-            return path, 0, 0
-        raise MissingFileError(
-            f"Image '{path}' does not exist; restore it, or correct the data set's folder of "
-            "images."
-        ) from None
-    return os.path.basename(path), found.st_size, found.st_mtime_ns
+    found = os.stat(require_file(record["file_name"]))
+    return os.path.basename(record["file_name"]), found.st_size, found.st_mtime_ns
 
 
 def _digest(values: Iterable) -> str:

@@ -125,7 +125,7 @@ def _train(
     trainer.reset_data_loader(
         lambda: cached_batches(cache, *division, roi_sampler(cfg), order, _seed_of(cfg), start)
     )
-    logger.info("Fitting the classifier of %s on %s", type(predictor).__name__, cache)
+    logger.info("Fitting the classifier of %s on '%s'", type(predictor).__name__, cache.folder)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
 
 

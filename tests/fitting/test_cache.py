@@ -323,7 +323,7 @@ def test_an_image_that_is_gone_is_named(own_data):
     cfg, _, image = own_data
     records = pass1.training_records(cfg)
     image.unlink()
-    with pytest.raises(MissingFileError, match=f"Image '{image}' does not exist; restore"):
+    with pytest.raises(MissingFileError, match=f"{image}' does not exist"):
         cache_settings(cfg, records)
 
 

@@ -120,7 +120,9 @@ FILES = {
     "longer": lambda p: p.write_bytes(p.read_bytes() + b"\0\0"),
     "missing": Path.unlink,
     "named pipe": make_fifo,
-    "huge": lambda p: p.write_bytes(p.read_bytes().replace(b"(6,", b"(600000000000,")),
+    "huge": lambda p: p.write_bytes(
+        re.sub(rb"\((\d+),(.*?) {9}\n", rb"(\g<1>000000000,\2\n", p.read_bytes(), count=1)
+    ),
     "pickle": lambda p: p.write_bytes(pickle.dumps([1, 2])),
 }
 
@@ -129,10 +131,9 @@ FILES = {
 @pytest.mark.parametrize("case", FILES)
 def test_damaged_files_are_named(cache, name, case):
     path = cache / SHARD / f"{name}.npy"
-    before = path.read_bytes()
+    before = path.read_bytes() if case != "named pipe" else None
     FILES[case](path)
-    if case == "huge" and path.read_bytes() == before:
-        pytest.skip("this array is not of 6 RoIs")
+    assert case in ("missing", "named pipe") or path.read_bytes() != before
     with pytest.raises(DataError, match=rf"{re.escape(str(SHARD))}.*'.* is damaged .*; delete"):
         use(cache)
 
@@ -226,7 +227,7 @@ def mutate(folder, rng):
 def test_random_damage_is_refused_or_harmless(whole, tmp_path):
     rng = random.Random(1)
     outcomes = {"refused": 0, "read": 0}
-    for number in range(300):
+    for number in range(200):
         folder = Path(shutil.copytree(whole, tmp_path / str(number)))
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
             mutate(folder, rng)
@@ -245,4 +246,4 @@ def test_random_damage_is_refused_or_harmless(whole, tmp_path):
             assert "\n" not in message
         shutil.rmtree(folder)
     # A flipped bit of a feature is another feature; what is not data is refused.
-    assert outcomes["refused"] > 150, outcomes
+    assert outcomes["refused"] > 100, outcomes
