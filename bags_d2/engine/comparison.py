@@ -27,7 +27,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..data.datasets import missing_dataset_message
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
-from .feature_cache import first_difference, select_config
+from ..utils.settings import first_difference, select_config
 from .setup import setup_cfg
 
 __all__ = ["BASELINE", "Comparison", "Kind", "Run"]

@@ -19,7 +19,8 @@ from detectron2.engine import default_argument_parser
 
 from bags_d2 import BAGSTrainer
 from bags_d2.data.glyphs import build_glyphs
-from bags_d2.engine import extract_features, fit_classifier, setup_cfg
+from bags_d2.engine import setup_cfg
+from bags_d2.fitting import extract_features, fit_classifier
 
 TINY = str(Path(__file__).resolve().parents[1] / "tiny.yaml")
 pytestmark = pytest.mark.slow
