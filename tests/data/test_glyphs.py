@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from importlib import metadata
 
 import cv2
 import numpy as np
@@ -35,6 +36,56 @@ def _digests(folder):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return _build(tmp_path_factory.mktemp("glyphs"))
+
+
+# What results in docs/ were measured on. Other versions of these render and compress otherwise.
+_PINNED_WITH = {
+    "matplotlib": "3.11.2", "numpy": "2.4.6", "opencv-python": "5.0.0.93", "pillow": "13.0.0",
+}  # fmt: skip
+pinned = pytest.mark.skipif(
+    any(metadata.version(name) != version for name, version in _PINNED_WITH.items()),
+    reason=f"bytes are pinned for {_PINNED_WITH}",
+)
+
+
+def _sha256(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part).encode())
+    return digest.hexdigest()[:16]
+
+
+@pinned
+def test_bytes_of_the_tiny_set_never_change(tiny):
+    written = [path.read_bytes() for path in sorted(tiny.rglob("*.json"))]
+    pictures = [path.read_bytes() for path in sorted(tiny.rglob("*.jpg"))]
+    assert [_sha256(content) for content in written] == [
+        "83b4785a682ec25e",
+        "9f82d35b7d040b24",
+        "770bffd6bb6a7fed",
+    ]
+    assert (len(pictures), _sha256(*pictures)) == (45, "ffb119571ba5afce")
+
+
+@pinned
+@pytest.mark.parametrize(
+    ("preset", "characters", "drawn"),
+    [
+        ("glyphs", "fb4be92f7edad384", "ab4ce98b077827c7"),
+        ("glyphs_lvis", "78e6eace3c7c659b", "477936e45d47a208"),
+    ],
+)
+def test_bytes_of_the_large_sets_never_change(preset, characters, drawn, tmp_path):
+    spec, names = PRESETS[preset], glyphs.glyph_characters(preset)
+    assert _sha256("".join(names)) == characters
+    plan = glyphs._deal(train_counts(preset), spec.objects_per_image, np.random.default_rng([0, 1]))
+    parts = [plan]
+    for i, categories in enumerate(plan[:4]):
+        path = tmp_path / f"{i}.jpg"
+        objects = tuple((c, names[c - 1]) for c in categories)
+        job = glyphs._Job((0, 1, i), str(path), spec.image_size, spec.glyph_size, objects, None)
+        parts += [*glyphs._draw_to_file(job), path.read_bytes()]
+    assert _sha256(*parts) == drawn
 
 
 @pytest.mark.parametrize(
