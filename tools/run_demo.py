@@ -7,12 +7,12 @@ trains classifiers alone, tools/fit_classifier.py.
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from bags_d2.analysis.demo import report_demo
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
 
@@ -40,7 +40,10 @@ def main() -> None:
     args = parser.parse_args()
 
     start = time.perf_counter()
-    build_glyphs("glyphs", os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    prepare = [sys.executable, "datasets/prepare_glyphs.py", "glyphs", "--root", root]
+    if subprocess.run(prepare).returncode:
+        sys.exit("The data set could not be built (see above).")
     seconds = {"dataset": time.perf_counter() - start}
 
     weights = Path("checkpoints/glyphs_baseline/model_final.pth")

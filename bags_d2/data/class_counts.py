@@ -35,7 +35,7 @@ COUNTABLE = ("instances", "images")
 _SOURCES = {
     "lvis": "download it from https://www.lvisdataset.org/dataset",
     "coco": "download it from https://cocodataset.org/#download",
-    "glyphs": "build it with 'python tools/build_glyphs.py {preset}'",
+    "glyphs": "build it with 'python datasets/prepare_glyphs.py {preset}'",
 }
 
 

@@ -11,9 +11,11 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
 from .class_counts import missing_dataset_message
-from .glyphs import PRESETS
 from .json_files import load_json
 from .lvis_v1 import lvis_v1_counts
+
+# What datasets/prepare_glyphs.py draws.
+GLYPH_SETS = ("glyphs", "glyphs_lvis", "glyphs_tiny")
 
 __all__ = [
     "load_lvis_format",
@@ -134,7 +136,7 @@ def register_builtin_datasets(root: str) -> None:
     Args:
         root: the folder of data sets, Detectron2's ``DETECTRON2_DATASETS``.
     """
-    for preset in PRESETS:
+    for preset in GLYPH_SETS:
         folder = os.path.join(root, preset)
         for split in ("train", "val"):
             register_lvis_format(

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from prepare_glyphs import build_glyphs
 
 from bags_d2 import BAGSTrainer
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import extract_features, fit_classifier, setup_cfg
 
 TINY = str(Path(__file__).resolve().parents[1] / "tiny.yaml")

@@ -7,11 +7,10 @@ from importlib import metadata
 
 import cv2
 import numpy as np
+import prepare_glyphs as glyphs
 import pytest
 from lvis import LVIS
-
-from bags_d2.data import glyphs
-from bags_d2.data.glyphs import PRESETS, build_glyphs, glyph_distances, train_counts
+from prepare_glyphs import PRESETS, build_glyphs, glyph_distances, train_counts
 
 TINY = "glyphs_tiny"
 

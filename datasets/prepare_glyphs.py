@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """A long-tailed detection data set that needs no download: characters drawn on calm pictures.
 
 Every class is one character, drawn in the type faces that matplotlib ships. The files written are
@@ -9,6 +10,7 @@ its own random stream, so the number of workers never changes the result.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import multiprocessing
@@ -29,8 +31,8 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..errors import ConfigError, DataError
-from .lvis_v1 import lvis_v1_counts
+from bags_d2.data.lvis_v1 import lvis_v1_counts
+from bags_d2.errors import ConfigError, DataError, exit_with_one_sentence
 
 __all__ = [
     "INSTANCE_BINS",
@@ -1111,3 +1113,29 @@ def build_glyphs(
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return final
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("preset", choices=list(PRESETS), help="which data set")
+    parser.add_argument("--root", default="datasets", help="the set goes to ROOT/PRESET")
+    parser.add_argument("--image-folder", help="photographs to take crops of as backgrounds")
+    parser.add_argument("--seed", type=int, default=0, help="other pictures, other rare classes")
+    parser.add_argument("--num-workers", type=int, help="default: one per processor")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = build_glyphs(
+        args.preset,
+        args.root,
+        image_folder=args.image_folder,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        progress=not args.quiet,
+    )
+    logger.info("%s is ready", folder)
+
+
+if __name__ == "__main__":
+    with exit_with_one_sentence():
+        main()
