@@ -13,7 +13,7 @@ import pytest
 
 from bags_d2 import ConfigError
 from bags_d2.analysis.crops import choose_crops, cut_crops
-from bags_d2.analysis.report import write_report
+from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def make_run(tmp_path, write_lvis, register):
 
 
 def page_of(path, folders, **options):
-    write_report([read_run(folder) for folder in folders], path, **options)
+    write_html_report([read_run(folder) for folder in folders], path, **options)
     return path.read_text(encoding="utf-8")
 
 
@@ -109,11 +109,11 @@ def test_runs_that_cannot_be_compared_are_refused(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     run = read_run(folder)
     with pytest.raises(ConfigError, match="share a name"):
-        write_report([run, run], tmp_path / "r.html")
+        write_html_report([run, run], tmp_path / "r.html")
     other = read_run(folder, label="other")
     other.category_ids.append(99)
     with pytest.raises(ConfigError, match="not evaluated on the same classes"):
-        write_report([run, other], tmp_path / "r.html")
+        write_html_report([run, other], tmp_path / "r.html")
 
 
 def _box(image_id, box, score=None):

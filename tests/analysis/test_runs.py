@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from bags_d2 import ConfigError, DataError, MissingFileError
+from bags_d2.analysis.detections import winning_groups
 from bags_d2.analysis.plots import plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import read_run, winning_groups
+from bags_d2.analysis.runs import read_ground_truth, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
@@ -120,9 +121,8 @@ def test_a_run_is_read(make_run):
     assert np.isnan(run.ap[1])
     assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
     assert len(run.detections()) == 2
-    matrix = winning_groups(
-        run.ground_truth()["annotations"], run.detections(), COUNT_OF, THRESHOLDS
-    )
+    truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
+    matrix = winning_groups(truth, run.detections(), COUNT_OF, THRESHOLDS)
     assert matrix.tolist() == [
         [0, 0, 1, 0, 1, 0],
         [1, 0, 0, 0, 0, 0],
@@ -194,4 +194,4 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
     assert "'runs_val' of" in without.stderr
     assert "add --config-file" in without.stderr
     same = _tool(first, first, "--output", out)
-    assert "Both runs are named 'one'" in same.stderr
+    assert "Runs share a name among one, one" in same.stderr
