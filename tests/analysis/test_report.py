@@ -1,6 +1,5 @@
 """The HTML report: what it says of runs, and that it works in a browser."""
 
-import csv
 import json
 import re
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from run_folders import write_run
 
 from bags_d2 import ConfigError
 from bags_d2.analysis.crops import choose_crops, cut_crops
@@ -20,10 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 NAMES = {3: "<script>alert(1)</script>", 8: "Bee", 20: "cat & dog", 21: "ähre"}
 COUNTS = {3: 5, 8: 50, 20: 700, 21: 5000}
-COLUMNS = [
-    *("category_id", "name", "frequency"),
-    *("training_instances", "validation_instances", "AP", "AP50"),
-]
 
 
 @pytest.fixture
@@ -36,23 +32,13 @@ def make_run(tmp_path, write_lvis, register):
     dataset = register("report_val", annotations, str(tmp_path))
 
     def make(name, aps):
-        folder = tmp_path / name
-        where = folder / "inference" / dataset
-        where.mkdir(parents=True)
-        with open(where / "per_class_bbox.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for (i, class_name), ap in zip(NAMES.items(), aps, strict=True):
-                cell = "" if ap is None else ap
-                writer.writerow((i, class_name, "", COUNTS[i], 1, cell, cell))
         measures = {"AP": aps[0], "AP50": 20.0, "AP1": None, "AP2": 1.0, "bAP": aps[0]}
-        (folder / "inference" / "results.json").write_text(json.dumps({"bbox": measures}))
         rows = [
             {"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.5},
             {"image_id": 2, "category_id": 20, "bbox": [15, 10, 3, 4], "score": 0.9},
         ]
-        (where / "lvis_instances_results.json").write_text(json.dumps(rows))
-        return folder
+        folder = tmp_path / name
+        return write_run(folder, dataset, NAMES, COUNTS, aps, rows, measures)
 
     return make
 

@@ -1,13 +1,13 @@
 """What runs left behind, and which group won where an object is."""
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.analysis.detections import winning_groups
@@ -18,10 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
-COLUMNS = [
-    *("category_id", "name", "frequency"),
-    *("training_instances", "validation_instances", "AP", "AP50"),
-]
 
 
 def _iou(a, b):
@@ -90,23 +86,13 @@ def make_run(tmp_path, write_lvis, register):
     dataset = register("runs_val", annotations)
 
     def make(name, aps, task="bbox"):
-        folder = tmp_path / name
-        where = folder / "inference" / dataset
-        where.mkdir(parents=True)
-        with open(where / f"per_class_{task}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for (i, class_name), ap in zip(names.items(), aps, strict=True):
-                cell = "" if ap is None else ap
-                writer.writerow((i, class_name, "", COUNT_OF[i], 1, cell, cell))
         measures = {"AP": 30.0, "AP1": 10.0, "AP2": None, "AP3": None, "AP4": 50.0, "bAP": 30.0}
-        (folder / "inference" / "results.json").write_text(json.dumps({task: measures}))
         rows = [
             {"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.5},
             {"image_id": 2, "category_id": 21, "bbox": [1, 2, 3, 4], "score": 0.5},
         ]
-        (where / "lvis_instances_results.json").write_text(json.dumps(rows))
-        return folder
+        folder = tmp_path / name
+        return write_run(folder, dataset, names, COUNT_OF, aps, rows, measures, task)
 
     make.annotations = annotations
     return make
