@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import resource
+import time
 
 import cv2
 import numpy as np
 import pytest
 from run_folders import write_run
 
-from bags_d2 import BagsError
+from bags_d2 import BagsError, DataError
 from bags_d2.analysis.detections import winning_groups
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import (
@@ -21,6 +23,7 @@ from bags_d2.analysis.runs import (
     read_run,
     register_data_sets,
 )
+from bags_d2.data import register_lvis_format
 
 NAMES = {
     3: "$x_{1$ ant",
@@ -208,3 +211,48 @@ def test_ids_may_be_text(tmp_path, register):
     truth = read_ground_truth(run)["first"]["annotations"]
     matrix = winning_groups(truth, run.detections(), run.count_of, (10,))
     assert matrix.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+
+
+def _write_for_ever(folder, annotations, page):
+    register_lvis_format("fuzz_val", annotations, os.path.dirname(annotations))
+    run = read_run(folder)
+    while True:
+        write_html_report([run], page)
+
+
+def test_a_killed_report_leaves_the_one_before_it_whole(run, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bags_d2.analysis.report"])
+    page = tmp_path / "report.html"
+    page.write_text("before</html>")
+    rng = random.Random(0)
+    versions = set()
+    for _ in range(5):
+        arguments = (run, str(tmp_path / "annotations.json"), page)
+        process = context.Process(target=_write_for_ever, args=arguments)
+        process.start()
+        before, deadline = page.stat().st_mtime_ns, time.monotonic() + 120
+        while page.stat().st_mtime_ns == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        content = page.read_text(encoding="utf-8").rstrip()
+        assert content.endswith("</html>")
+        versions.add(content)
+    assert versions != {"before</html>"}
+
+
+def test_a_full_disk_leaves_the_report_before_it(run, tmp_path):
+    page = tmp_path / "report.html"
+    write_html_report([read_run(run)], page)
+    before = page.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"'.*report\.html' could not be written"):
+            write_html_report([read_run(run)], page)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert page.read_bytes() == before
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
