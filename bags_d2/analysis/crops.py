@@ -22,19 +22,12 @@ _CONTEXT = 0.35  # of the box's longer side, on each side
 
 @dataclass(frozen=True)
 class Crop:
-    """A box to be cut out of an image.
+    """A box to be cut out of an image."""
 
-    Attributes:
-        kind: "right", "wrong" or "missed".
-        image_id: its image.
-        box: XYWH.
-        score: of the detection; None for missed objects.
-    """
-
-    kind: str
+    kind: str  # "right", "wrong" or "missed"
     image_id: Hashable
-    box: tuple[float, float, float, float]
-    score: float | None = None
+    box: tuple[float, float, float, float]  # XYWH
+    score: float | None = None  # of the detection; None for missed objects
 
     @property
     def text(self) -> str:
@@ -91,11 +84,7 @@ def choose_crops(
 
 
 def cut_crops(crops: Iterable[Crop], files: Mapping[Hashable, str]) -> dict[Crop, str]:
-    """Cut boxes out of their images, with some context.
-
-    Args:
-        crops: in any order; every image is read once.
-        files: path of each image by id.
+    """Cut boxes out of their images (``files``: paths by id), with some context.
 
     Returns:
         For each crop whose image can be read a data URI of a JPEG.

@@ -133,8 +133,7 @@ def draw_comparison(
     titles = ["ground truth", *detections]
     legends = [
         [("object (thick: rare class)", TRUTH)],
-        [(f"right at an IoU of 0.5, score {min_score} or more", RIGHT)],
-        [("wrong", WRONG)],
+        [(f"right (score {min_score} or more)", RIGHT), ("wrong", WRONG)],
         *([()] * len(detections)),
     ]
     rows = []

@@ -103,22 +103,10 @@ def draw_boxes(
     legend: Sequence[tuple[str, str]] = (),
     min_side: int = 640,
 ) -> np.ndarray:
-    """Draw boxes with labels, the most important ones first in the lists.
+    """Draw N boxes (N, 4) with N labels and colours, the most important ones first.
 
-    Where there is no room for a label, the box stays without one.
-
-    Args:
-        image: the picture.
-        boxes: (N, 4).
-        labels: N texts.
-        colors: N colours.
-        is_thick: which boxes are drawn with a line of double width.
-        title: written above the picture.
-        legend: texts and colours to explain below it.
-        min_side: see :func:`draw_instances`.
-
-    Returns:
-        The picture, larger by the strips of title and legend.
+    Where there is no room for a label, the box stays without one. ``is_thick`` boxes have a line of
+    double width; the legend's texts and colours stand below. For the rest see `draw_instances`.
     """
     scale = max(1.0, min_side / min(image.shape[:2]))
     size = tuple(round(side * scale) for side in image.shape[1::-1])

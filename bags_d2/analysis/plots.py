@@ -41,7 +41,7 @@ def plot_ap_bins(
     """Bars of AP in each bin of training instances, one colour for each method.
 
     Args:
-        metrics: for each method its measures in percent, with AP1, AP2, ..., bAP.
+        metrics: for each method its measures in percent, with AP1, AP2, ..., bAP; None is "-".
         path: the picture to write; its suffix gives the format.
         thresholds: edges of the bins.
         title: heading of the chart.
@@ -76,15 +76,7 @@ def plot_weight_norms(
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
     title: str = "",
 ) -> None:
-    """Classifier weight norm of each class against its training count.
-
-    Args:
-        norms: for each method K norms.
-        counts: K training instances.
-        path: the picture to write.
-        thresholds: edges of the bins, drawn as lines.
-        title: heading of the chart.
-    """
+    """Classifier weight norm of each class (for each method, K of them) against its K counts."""
     with _figure(path, 8, 4) as figure:
         axes = figure.subplots()
         for i, (name, values) in enumerate(norms.items()):
@@ -104,14 +96,7 @@ def plot_weight_norms(
 def plot_class_counts(
     counts: Sequence[int], thresholds: Sequence[int], path: str | Path, by: str = "instances"
 ) -> None:
-    """Training count of every class, from the most frequent on, coloured by group.
-
-    Args:
-        counts: K counts.
-        thresholds: edges of the groups.
-        path: the picture to write.
-        by: what is counted, for the axis.
-    """
+    """Training count (K of them, ``by`` what) of every class, the most frequent first, by group."""
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
@@ -195,14 +180,7 @@ def plot_class_ap_change(
 def plot_winning_groups(
     matrices: Mapping[str, np.ndarray], thresholds: Sequence[int], path: str | Path
 ) -> None:
-    """Which group won where an object is, as a heat map for each run.
-
-    Args:
-        matrices: for each run counts (G, G + 2) of objects: rows are the object's group; columns
-            the right class, a wrong class of each group, nothing.
-        thresholds: edges of the groups.
-        path: the picture to write.
-    """
+    """For each run what :func:`.detections.winning_groups` counted, as a heat map."""
     names = bin_names(thresholds)
     columns = ["right\nclass", *(f"wrong,\n{name}" for name in names), "missed"]
     width = max(4.4, 0.75 * len(columns)) * len(matrices)
@@ -230,11 +208,10 @@ def plot_winning_groups(
 def plot_losses(
     histories: Mapping[str, Mapping[str, Mapping[int, float]]], path: str | Path
 ) -> None:
-    """Losses over the iterations, a panel for each loss and a line for each run, smoothed.
+    """A panel for each loss and a smoothed line for each run.
 
     Args:
-        histories: for each run, for each loss its value by iteration; nothing for a run that
-            logged none.
+        histories: for each run, for each loss its value by iteration; {} if it logged none.
         path: the picture to write.
     """
     names = sorted({name for history in histories.values() for name in history})

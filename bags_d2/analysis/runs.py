@@ -43,31 +43,18 @@ _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, Va
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """An evaluated run.
-
-    Attributes:
-        label: what to call it.
-        folder: its OUTPUT_DIR.
-        dataset: the evaluated data set.
-        task: "bbox" or "segm".
-        measures: AP, AP1, ..., in percent; None where undefined.
-        category_ids: K ids of the annotation file, ascending.
-        names: K class names.
-        training_instances: (K,) int; -1 unknown.
-        validation_instances: (K,) int.
-        ap: (K,) AP in percent, NaN where a class is not evaluated.
-    """
+    """An evaluation of a model on a data set."""
 
     label: str
-    folder: Path
+    folder: Path  # the OUTPUT_DIR
     dataset: str
-    task: str
-    measures: Mapping[str, float | None]
-    category_ids: list[Hashable]
-    names: list[str]
-    training_instances: np.ndarray
-    validation_instances: np.ndarray
-    ap: np.ndarray
+    task: str  # "bbox" or "segm"
+    measures: Mapping[str, float | None]  # AP, AP50, ..., in percent; None where undefined
+    category_ids: list[Hashable]  # K, of the annotation file
+    names: list[str]  # K
+    training_instances: np.ndarray  # (K,); -1 unknown
+    validation_instances: np.ndarray  # (K,)
+    ap: np.ndarray  # (K,) in percent, NaN where a class is not evaluated
 
     @property
     def is_counted(self) -> bool:
@@ -84,9 +71,8 @@ class EvaluatedRun:
         if not self.is_counted:
             return {}
         bins = ap_per_bin(self.ap, self.training_instances, thresholds)
-        return {
-            k: None if np.isnan(v) else v for k, v in (bins | {"bAP": balanced_ap(bins)}).items()
-        }
+        bins["bAP"] = balanced_ap(bins)
+        return {name: None if np.isnan(ap) else ap for name, ap in bins.items()}
 
     def config(self) -> dict[str, Any]:
         """Its ``config.yaml``, nested keys joined by dots; {} if there is none that can be read."""
@@ -188,7 +174,8 @@ def read_run(
         DataError: if a file is not what evaluation writes.
     """
     folder = Path(folder)
-    tables = {path.parent.name: path for path in sorted(folder.glob(_table("*", task)))}
+    pattern = f"inference/*/per_class_{task}.csv"
+    tables = {path.parent.name: path for path in sorted(folder.glob(pattern))}
     if dataset is None and len(tables) > 1:
         raise ConfigError(
             f"'{folder}' has evaluations of {', '.join(tables)}; name one (--dataset)."
@@ -196,7 +183,7 @@ def read_run(
     if not tables or (dataset is not None and dataset not in tables):
         what = f"of '{dataset}' " if dataset else ""
         raise MissingFileError(
-            f"'{folder}' has no {task} evaluation {what}({_table('*', task)}); run "
+            f"'{folder}' has no {task} evaluation {what}({pattern}); run "
             "train_net.py --eval-only with this OUTPUT_DIR."
         )
     dataset = dataset or next(iter(tables))
@@ -237,8 +224,8 @@ def read_runs(
     """Read the runs that a command names, and register the data sets of the first one.
 
     Raises:
-        ConfigError: if there are not as many labels as runs, and for what :func:`read_run`,
-            :func:`register_data_sets` and :func:`check_comparable` refuse.
+        ConfigError: if labels are too few or too many, or the runs cannot be compared; for the
+            rest see :func:`read_run` and :func:`register_data_sets`.
     """
     labels = labels or [None] * len(folders)
     if len(labels) != len(folders):
@@ -250,11 +237,7 @@ def read_runs(
 
 
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
-    """Refuse runs that share a name, or are of different classes.
-
-    Raises:
-        ConfigError: if they are.
-    """
+    """Refuse runs that share a name, or are of different classes (ConfigError)."""
     labels = [run.label for run in runs]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"Runs share a name among {', '.join(labels)}; add --labels.")
@@ -267,15 +250,10 @@ def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def register_data_sets(folder: str | Path, config_file: str | None = None) -> None:
-    """Register what a run's config registers (``DATASETS.REGISTER``), to find its ground truth.
-
-    Args:
-        folder: the run's OUTPUT_DIR, whose ``config.yaml`` is read if there is one.
-        config_file: another config to take in its place.
+    """Register what the ``config.yaml`` of an OUTPUT_DIR registers, or that of another config.
 
     Raises:
-        MissingFileError: if ``config_file`` does not exist.
-        ConfigError: if the config is faulty.
+        MissingFileError, ConfigError: if the config is missing or faulty.
     """
     own = Path(folder) / "config.yaml"
     if config_file:
@@ -298,12 +276,10 @@ def configured_thresholds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
 
 
 def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
-    """The losses that training logged: for each its value by iteration, the last one logged.
+    """The losses in an OUTPUT_DIR's ``metrics.json``: for each its value by iteration.
 
-    Lines that are cut off, as where a run was killed, and values that are no numbers are left out.
-
-    Args:
-        folder: the OUTPUT_DIR; without a ``metrics.json`` there are no losses.
+    The last one logged counts. Lines that are cut off, as where a run was killed, and values that
+    are no numbers are left out.
     """
     history: dict[str, dict[int, float]] = {}
     path = Path(folder) / "metrics.json"
@@ -314,21 +290,14 @@ def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
             try:
                 row = json.loads(line)
                 iteration = int(_number(row["iteration"]))
-                losses = {n: _number_or_none(v) for n, v in row.items() if _is_loss(n)}
+                numbers = {name: _number_or_none(value) for name, value in row.items()}
             except (*_MALFORMED, RecursionError):
                 continue
-            for name, value in losses.items():
-                if value is not None:
+            for name, value in numbers.items():
+                is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
+                if is_loss and value is not None:
                     history.setdefault(printable(name), {})[iteration] = value
     return history
-
-
-def _is_loss(name: str) -> bool:
-    return name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
-
-
-def _table(dataset: str, task: str) -> str:
-    return f"inference/{dataset}/per_class_{task}.csv"
 
 
 def flat_items(
