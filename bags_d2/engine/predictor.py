@@ -15,7 +15,7 @@ from .. import model_zoo
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, MissingFileError
 from ..modeling.class_counts import ClassCounts
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 from .checkpoint import LongTailCheckpointer
 from .setup import check_device, setup_cfg
 

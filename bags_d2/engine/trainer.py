@@ -31,7 +31,7 @@ from ..data.loader import NamingDatasetMapper, build_resumable_loader
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_counts import ClassCounts
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..seeding import seed_generators, step_seed
 from .checkpoint import LongTailCheckpointer

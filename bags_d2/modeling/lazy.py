@@ -6,7 +6,7 @@ import torch
 
 from ..data.class_counts import count_classes
 from ..errors import ConfigError
-from .groups import ClassGroups
+from .class_groups import ClassGroups
 
 __all__ = ["groups_of", "known_class_counts"]
 

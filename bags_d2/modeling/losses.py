@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .groups import ClassGroups
+from .class_groups import ClassGroups
 
 __all__ = ["group_softmax_loss", "group_targets", "merge_group_probs", "sample_others"]
 

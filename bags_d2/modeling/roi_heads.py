@@ -10,8 +10,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 
 from ..errors import ConfigError
+from ..layers import fast_rcnn_inference_topk
 from .box_predictors import build_box_predictor
-from .postprocessing import fast_rcnn_inference_topk
 
 __all__ = ["FrozenBranches", "LongTailCascadeROIHeads", "LongTailROIHeads"]
 

@@ -4,7 +4,7 @@ import torch
 from detectron2 import modeling
 from detectron2.structures import Instances
 
-from .postprocessing import fast_rcnn_inference_topk
+from ..layers import fast_rcnn_inference_topk
 
 __all__ = ["GeneralizedRCNNWithTTA"]
 

@@ -65,7 +65,7 @@ def logs(log_lines):
             "fvcore.common.checkpoint",
             "detectron2.checkpoint.detection_checkpoint",
             "bags_d2.engine.checkpoint",
-            "bags_d2.modeling.groups",
+            "bags_d2.modeling.class_groups",
         )
     ]
     return lambda: [line for lines in lists for line in lines]

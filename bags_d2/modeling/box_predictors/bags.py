@@ -6,7 +6,7 @@ from detectron2.utils.events import get_event_storage
 
 from ...data.class_counts import training_class_counts
 from ...errors import ConfigError
-from ..groups import ClassGroups
+from ..class_groups import ClassGroups
 from ..losses import group_softmax_loss, group_targets, merge_group_probs
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 from .classifier import ClassifierOutputLayers, is_logging_step

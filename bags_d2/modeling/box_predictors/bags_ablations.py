@@ -8,7 +8,7 @@ import torch
 from detectron2.config import configurable
 from torch.nn import functional as F
 
-from ..groups import ClassGroups
+from ..class_groups import ClassGroups
 from ..losses import at_least_float32, group_targets
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY

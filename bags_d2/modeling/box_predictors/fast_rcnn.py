@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...data.class_counts import training_class_counts
 from ...errors import ConfigError
-from ..postprocessing import BoxDeltas, fast_rcnn_inference_topk
+from ...layers import BoxDeltas, fast_rcnn_inference_topk
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 
 __all__ = ["FastRCNNOutputLayers", "NormalizedLinear"]
@@ -134,7 +134,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             proposals: of each image, with ``proposal_boxes``.
 
         Returns:
-            As :func:`bags_d2.modeling.postprocessing.fast_rcnn_inference_topk`.
+            As :func:`bags_d2.layers.fast_rcnn_inference_topk`.
         """
         return fast_rcnn_inference_topk(
             self._boxes_to_decode(predictions, proposals),

@@ -152,7 +152,7 @@ def _same(a, b):
 
 
 def test_state_dict_round_trip_is_silent(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     groups = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     other = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     other.load_state_dict(groups.state_dict())
@@ -161,7 +161,7 @@ def test_state_dict_round_trip_is_silent(log_lines):
 
 
 def test_loading_adopts_the_grouping_of_the_checkpoint_and_warns(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     saved = ClassGroups.from_counts([5, 12, 2000, 7, 150], (6, 100, 1000))
     groups = ClassGroups.from_counts([5, 12, 3, 7, 150])
     groups.load_state_dict(saved.state_dict())
@@ -205,7 +205,7 @@ def test_an_undetermined_placeholder_has_the_width_and_raises_its_reason():
 
 
 def test_an_undetermined_placeholder_is_filled_silently_by_a_checkpoint(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     saved = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     groups = ClassGroups.undetermined(5, (10, 100, 1000), "Gone.")
     groups.load_state_dict(saved.state_dict())

@@ -14,14 +14,10 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
 from bags_d2 import ROI_BOX_PREDICTOR_REGISTRY, BAGSOutputLayers, BAGSTrainer, ClassGroups
-from bags_d2.modeling import (
-    FastRCNNOutputLayers,
-    fast_rcnn_inference_topk,
-    postprocessing,
-    roi_heads,
-    test_time_augmentation,
-)
-from bags_d2.modeling.postprocessing import MOVED_NMS_LIMIT_CPU, BoxDeltas
+from bags_d2.layers import BoxDeltas, fast_rcnn_inference_topk
+from bags_d2.layers import topk_nms as postprocessing
+from bags_d2.layers.topk_nms import MOVED_NMS_LIMIT_CPU
+from bags_d2.modeling import FastRCNNOutputLayers, roi_heads, test_time_augmentation
 
 SIZE = (60, 80)
 TRANSFORM = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
