@@ -1,18 +1,18 @@
 """Exact top-k detection for thousands of classes.
 
 Detectron2 decodes a box for every (RoI, class), thresholds the scores and runs NMS on all that is
-left: up to a million candidates, of which 300 are kept. But NMS drops a candidate only for the
-sake of a *better-scored* one of its class. So the m best candidates decide among themselves which
-of them survive, and if k or more do, the first k of these are the detections. Here m starts at a
-few times k and grows while fewer survive; only the candidates looked at are ever decoded.
+left: up to a million candidates, of which 300 are kept. But NMS drops a candidate only in favour
+of a *better-scored* one of its class. So the m best candidates decide among themselves which of
+them survive, and if k or more do, the first k of these are the detections. Here m starts at a few
+times k and doubles while fewer survive; only the candidates looked at are ever decoded.
 
 Shapes in this file: R RoIs of one image, K foreground classes, B = K boxes for a RoI or B = 1 if
 all classes share one, n candidates. A candidate is a (RoI, class) whose score exceeds the
-threshold. Candidates go by falling score, those of equal score by RoI and class. (Detectron2 runs
-NMS in this order too, but may then return detections of equal score in any order.)
+threshold; candidates are ordered by falling score, ties by RoI and class.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,30 +20,21 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
-from detectron2.structures.boxes import matched_pairwise_iou
 from torchvision.ops import nms
 
 __all__ = ["BoxDeltas", "fast_rcnn_inference_topk"]
-
-# Up to so many candidates torchvision's batched_nms may separate the classes by moving their
-# boxes apart, which rounds coordinates by an amount that depends on all the candidates. Beyond,
-# it goes class by class. (In versions since 0.19 the limits are these or lower.)
-MOVED_NMS_LIMIT_CPU = 1_000
-MOVED_NMS_LIMIT_CUDA = 25_000
 
 # Candidates looked at first, for each detection wanted. Several proposals see an object, and each
 # in several classes, so of a trained detector's best candidates perhaps one in five survives.
 CANDIDATES_PER_DETECTION = 8
 
-# RoIs over which maxima are taken to bound the m-th best score.
+# Scores over which maxima are taken to bound the m-th best score.
 BLOCK = 16
 
-# A class of more candidates than this is cheaper to hand to nms() than to compare pair by pair.
-PAIRWISE_LIMIT = 64
-
-# IoUs this close to the threshold are left to nms() itself, since the last bit of its arithmetic
-# is its own affair. Many times what a handful of roundings in float32 amounts to.
-IOU_MARGIN = 1e-5
+# Up to this many candidates one call of nms() is faster than one for each class. Above, on any
+# device, torchvision's batched_nms goes class by class, and moves no boxes apart to separate the
+# classes, which in float32 would change their IoUs.
+SINGLE_NMS_LIMIT = 5_000
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,6 @@ class BoxDeltas:
     proposals: torch.Tensor
     transform: Box2BoxTransform
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.deltas.shape
-
     def decode(self) -> torch.Tensor:
         """All boxes (R, 4 * B), not clipped."""
         return self.transform.apply_deltas(self.deltas, self.proposals)
@@ -74,16 +61,14 @@ class BoxDeltas:
         return self.transform.apply_deltas(deltas, self.proposals[rois])
 
     def surely_finite(self) -> torch.Tensor:
-        """Bool scalar: if True, every box decodes to finite numbers; False leaves that open.
-
-        Euclidean norms bound the entries, are not finite where one of them is not, and take one
-        pass without temporaries. Under these bounds nothing in decoding exceeds 1e34: the largest
-        terms are (delta / weight) * width and exp(scale_clamp) * width.
-        """
-        deltas = torch.linalg.vector_norm(self.deltas.detach(), dtype=torch.float32)
-        proposals = torch.linalg.vector_norm(self.proposals.detach(), dtype=torch.float32)
-        usual = min(self.transform.weights) >= 1e-3 and self.transform.scale_clamp <= 10
-        return (deltas < 1e15) & (proposals < 1e15) & usual
+        """Bool scalar: if True, every box decodes to finite numbers; False leaves that open."""
+        # A Euclidean norm bounds every entry, and takes one pass without temporaries.
+        deltas, proposals = (
+            torch.linalg.vector_norm(x.detach(), dtype=torch.float32)
+            for x in (self.deltas, self.proposals)
+        )
+        largest_scale = math.exp(min(self.transform.scale_clamp, 700.0))
+        return proposals * (1 + deltas / min(self.transform.weights) + largest_scale) < 1e30
 
 
 def fast_rcnn_inference_topk(
@@ -94,7 +79,10 @@ def fast_rcnn_inference_topk(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[list[Instances], list[torch.Tensor]]:
-    """What Detectron2's ``fast_rcnn_inference`` returns, in the same order, for less work.
+    """Detectron2's ``fast_rcnn_inference`` for less work.
+
+    The detections are the same but where an IoU is within 1e-5 of ``nms_thresh``, which rounding
+    may put on either side, or where scores tie, which Detectron2 leaves in any order.
 
     Args:
         boxes: for each image (Ri, 4 * B), XYXY in pixels and not clipped, or :class:`BoxDeltas`
@@ -117,59 +105,39 @@ def fast_rcnn_inference_topk(
         options = (score_thresh, nms_thresh, topk_per_image)
         return fast_rcnn_inference(boxes, scores, image_shapes, *options)
     results = [
-        _inference_single_image(*image, score_thresh, nms_thresh, topk_per_image)
+        _detect(*image, score_thresh, nms_thresh, topk_per_image)
         for image in zip(boxes, scores, image_shapes, strict=True)
     ]
     return [instances for instances, _ in results], [rois for _, rois in results]
 
 
-def _inference_single_image(
-    boxes: torch.Tensor | BoxDeltas,
-    scores: torch.Tensor,
-    image_shape: tuple[int, int],
-    score_thresh: float,
-    nms_thresh: float,
-    topk: int,
-) -> tuple[Instances, torch.Tensor]:
+def _detect(boxes, scores, image_shape, score_thresh, nms_thresh, topk):
+    """Detections of one image and their RoIs."""
     boxes, scores = _drop_non_finite(boxes, scores)
-    scores = scores[:, :-1]  # (R, K)
-    limit = MOVED_NMS_LIMIT_CPU if scores.device.type == "cpu" else MOVED_NMS_LIMIT_CUDA
+    scores = scores[:, :-1].contiguous()  # (R, K)
     # With topk < 0 more candidates are wanted than there can be.
-    wanted = CANDIDATES_PER_DETECTION * topk if topk >= 0 else scores.numel() + 1
-    wanted = max(wanted, limit + 1)
-    looked_at, survivors = 0, None
+    wanted = max(CANDIDATES_PER_DETECTION * topk, 1) if topk >= 0 else scores.numel() + 1
+    looked_at, pool = 0, None
     while True:
         best = _best_candidates(scores, score_thresh, wanted)
-        num_found = len(best[0])
-        rois, classes, best_scores = (column[looked_at:] for column in best)
-        pool = (_boxes_at(boxes, rois, classes, image_shape), best_scores, classes, rois)
-        if survivors is not None:
-            # Worse candidates cannot change the survivors, nor can the suppressed change those.
-            pool = tuple(torch.cat(columns) for columns in zip(survivors, pool, strict=True))
-        pool_boxes, _, pool_classes, _ = pool
-        if num_found <= limit:
-            # As wanted > limit, these are all there are, so that batched_nms does with them
-            # whatever it does for Detectron2.
-            keep = batched_nms(pool_boxes, _ranks(pool_boxes), pool_classes, nms_thresh)
-        else:
-            keep = _nms_by_class(pool_boxes, pool_classes, nms_thresh)
-        survivors = tuple(column[keep] for column in pool)
-        if num_found < wanted or len(keep) >= topk >= 0:
+        rois, classes, values = (column[looked_at:] for column in best)
+        fresh = (_boxes_at(boxes, rois, classes, image_shape), values, classes, rois)
+        # Worse candidates cannot change the survivors, nor can the suppressed change those.
+        pool = fresh if pool is None else tuple(map(torch.cat, zip(pool, fresh, strict=True)))
+        keep = _nms_by_class(pool[0], pool[2], image_shape, nms_thresh)
+        pool = tuple(column[keep] for column in pool)
+        if len(best[0]) < wanted or len(keep) >= topk >= 0:
             break
         looked_at, wanted = wanted, 2 * wanted
-    if topk >= 0:
-        survivors = tuple(column[:topk] for column in survivors)
-    pred_boxes, pred_scores, pred_classes, rois = survivors
-    fields = {"pred_boxes": Boxes(pred_boxes), "scores": pred_scores, "pred_classes": pred_classes}
+    pred_boxes, values, classes, rois = (c[:topk] for c in pool) if topk >= 0 else pool
+    fields = {"pred_boxes": Boxes(pred_boxes), "scores": values, "pred_classes": classes}
     return Instances(image_shape, **fields), rois
 
 
-def _drop_non_finite(
-    boxes: torch.Tensor | BoxDeltas, scores: torch.Tensor
-) -> tuple[torch.Tensor | BoxDeltas, torch.Tensor]:
+def _drop_non_finite(boxes, scores):
     """Leave out the RoIs that have a box or a score that is not finite."""
     # A finite sum proves finite terms. Should a sum of finite terms overflow, the exact test
-    # below is made in vain, which does no harm.
+    # below is redundant but harmless.
     lazy = isinstance(boxes, BoxDeltas)
     finite = boxes.surely_finite() if lazy else _sum(boxes).isfinite()
     if finite & _sum(scores).isfinite():
@@ -183,65 +151,26 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().sum(dtype=torch.float32)
 
 
-def _best_candidates(
-    scores: torch.Tensor, score_thresh: float, wanted: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The ``wanted`` best candidates in order, or all if they are fewer.
-
-    Args:
-        scores: (R, K).
-        score_thresh: candidates must score more than this.
-        wanted: how many to return at most.
-
-    Returns:
-        RoIs, classes and scores, (n,) each.
-    """
-    maxima = _block_maxima(scores)
-    if maxima.numel() < wanted:
-        rois, classes = (scores > score_thresh).nonzero(as_tuple=True)
-    else:
-        # Each maximum is the score of another pair, so at least as many as wanted reach this
-        # bound, and nothing below it is needed. The topk of all scores would take far longer.
-        bound = maxima.flatten().topk(wanted, sorted=False).values.min()
-        if bound > score_thresh:
-            rois, classes = _search_blocks(scores, maxima, lambda score: score >= bound)
-        else:
-            rois, classes = _search_blocks(scores, maxima, lambda score: score > score_thresh)
-    values = scores[rois, classes]
-    order = values.argsort(stable=True, descending=True)[:wanted]
-    return rois[order], classes[order], values[order]
+def _best_candidates(scores: torch.Tensor, score_thresh: float, wanted: int):
+    """RoIs, classes and scores, (n,) each, of the ``wanted`` best candidates, or of all."""
+    flat = scores.flatten()
+    bound, num_blocks = -torch.inf, len(flat) // BLOCK
+    if num_blocks >= wanted:
+        # Each maximum is the score of another candidate, so at least as many as wanted reach the
+        # least of the best maxima, and nothing below it is needed. (A topk of all takes longer.)
+        maxima = flat[: BLOCK * num_blocks].view(BLOCK, num_blocks).amax(dim=0)
+        bound = maxima.topk(wanted, sorted=False).values.min()
+    found = (flat >= bound).nonzero().flatten()
+    found = found[flat[found] > score_thresh]
+    values, order = flat[found].sort(stable=True, descending=True)
+    found = found[order[:wanted]]
+    return found // scores.shape[1], found % scores.shape[1], values[:wanted]
 
 
-def _block_maxima(scores: torch.Tensor) -> torch.Tensor:
-    """Best score of each class (columns) among every BLOCK RoIs in turn (rows)."""
-    scores = scores.detach()
-    num_full = len(scores) // BLOCK
-    full, rest = scores.tensor_split([num_full * BLOCK])
-    maxima = full.unflatten(0, (num_full, BLOCK)).amax(dim=1)
-    return torch.cat([maxima, rest.amax(dim=0, keepdim=True)]) if len(rest) else maxima
-
-
-def _search_blocks(
-    scores: torch.Tensor, maxima: torch.Tensor, exceeds: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``exceeds(scores).nonzero(as_tuple=True)``, reading only the blocks whose maxima exceed."""
-    block, classes = exceeds(maxima).nonzero(as_tuple=True)
-    rois = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
-    flat = rois * scores.shape[1] + classes[:, None]
-    in_range = rois < len(scores)  # the last block may be short
-    rows = rois.clamp(max=len(scores) - 1)
-    flat = flat[in_range & exceeds(scores[rows, classes[:, None]])].sort().values
-    return flat // scores.shape[1], flat % scores.shape[1]
-
-
-def _boxes_at(
-    boxes: torch.Tensor | BoxDeltas,
-    rois: torch.Tensor,
-    classes: torch.Tensor,
-    image_shape: tuple[int, int],
-) -> torch.Tensor:
+def _boxes_at(boxes, rois, classes, image_shape):
     """Clipped boxes (n, 4) of the candidates."""
-    columns = torch.zeros_like(classes) if boxes.shape[1] == 4 else classes
+    deltas = boxes.deltas if isinstance(boxes, BoxDeltas) else boxes
+    columns = torch.zeros_like(classes) if deltas.shape[1] == 4 else classes
     if isinstance(boxes, BoxDeltas):
         chosen = Boxes(boxes.decode_at(rois, columns))
     else:
@@ -250,56 +179,12 @@ def _boxes_at(
     return chosen.tensor
 
 
-def _nms_by_class(boxes: torch.Tensor, classes: torch.Tensor, nms_thresh: float) -> torch.Tensor:
-    """NMS within each class, as by calling ``nms`` for every class by itself.
-
-    A call of ``nms`` costs more than all it does for a handful of boxes, and among the best
-    candidates most classes have no more than that. So the pairs of such classes are compared all
-    at once; ``nms`` is called for large classes and for those in which rounding could matter.
-
-    Args:
-        boxes: (n, 4), best first.
-        classes: (n,).
-        nms_thresh: IoU above which a candidate gives way.
-
-    Returns:
-        Indices (num kept,) of the survivors, best first.
-    """
-    by_class = classes.argsort(stable=True)  # (n,), class by class, best first in each
-    _, sizes = classes[by_class].unique_consecutive(return_counts=True)  # (num classes,)
-    ends = sizes.cumsum(0)
-    class_of = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    by_nms = sizes > PAIRWISE_LIMIT
-
-    # Each position is paired with all positions behind it in its class.
-    position = torch.arange(len(by_class), device=sizes.device)
-    num_behind = ends[class_of] - position - 1
-    num_behind = num_behind.masked_fill(by_nms[class_of], 0)
-    first = position.repeat_interleave(num_behind)
-    run_start = (num_behind.cumsum(0) - num_behind).repeat_interleave(num_behind)
-    second = first + 1 + torch.arange(len(first), device=sizes.device) - run_start
-    better, worse = by_class[first], by_class[second]
-    iou = matched_pairwise_iou(Boxes(boxes[better]), Boxes(boxes[worse]))
-    # Disjoint boxes are so without any rounding, which spares nms() for a threshold of 0.
-    by_nms[class_of[first[((iou - nms_thresh).abs() <= IOU_MARGIN) & (iou > 0)]]] = True
-
-    # A candidate survives unless a better one that overlaps it survives. Applied again and again
-    # from "all survive", this settles the best of each class, then the next, at the latest after
-    # PAIRWISE_LIMIT rounds and in practice after a few.
-    overlapping = iou > nms_thresh
-    better, worse = better[overlapping], worse[overlapping]
-    survives, previous = torch.ones_like(classes, dtype=torch.bool), None
-    while previous is None or not torch.equal(survives, previous):
-        previous, survives = survives, torch.ones_like(survives)
-        survives[worse[previous[better]]] = False
-
-    for start, end in torch.stack([ends - sizes, ends], dim=1)[by_nms].tolist():
-        members = by_class[start:end]
-        survives[members] = False
-        survives[members[nms(boxes[members], _ranks(members), nms_thresh)]] = True
-    return survives.nonzero().flatten()
-
-
-def _ranks(candidates: torch.Tensor) -> torch.Tensor:
-    """Scores for NMS of candidates in order: unlike their own, without ties and always float32."""
-    return torch.arange(len(candidates), 0, -1, dtype=torch.float32, device=candidates.device)
+def _nms_by_class(boxes, classes, image_shape, nms_thresh):
+    """Indices (num kept,) of the candidates, best first, that NMS within each class keeps."""
+    # Ranks order the candidates as their scores do, without ties.
+    ranks = torch.arange(len(boxes), 0, -1, device=boxes.device)
+    if len(boxes) > SINGLE_NMS_LIMIT:
+        return batched_nms(boxes, ranks.float(), classes, nms_thresh)
+    # Classes moved apart never overlap. In float64 that changes no IoU by more than 1e-8.
+    shift = classes.double() * (max(image_shape) + 1)
+    return nms(boxes.double() + shift[:, None], ranks.double(), nms_thresh)
