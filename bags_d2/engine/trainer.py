@@ -30,8 +30,7 @@ from ..data.class_record import ClassRecord
 from ..data.loader import NamingDatasetMapper, build_resumable_loader
 from ..errors import ConfigError, MissingFileError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
-from ..modeling.class_counts import ClassCounts
-from ..modeling.class_groups import ClassGroups
+from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..seeding import seed_generators, step_seed
 from .checkpoint import LongTailCheckpointer

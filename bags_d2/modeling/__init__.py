@@ -7,8 +7,7 @@ from .box_predictors import (
     FastRCNNOutputLayers,
     build_box_predictor,
 )
-from .class_counts import ClassCounts
-from .class_groups import ClassGroups
+from .class_groups import ClassCounts, ClassGroups
 from .losses import group_softmax_loss, merge_group_probs, sample_others
 from .roi_heads import LongTailCascadeROIHeads, LongTailROIHeads
 

@@ -1,4 +1,4 @@
-"""Grouping of classes by training frequency, and the logit layout that follows from it.
+"""Training counts of the classes as part of a model, and the class groups that follow from them.
 
 Shapes in this file: K foreground classes, G foreground groups, C = K + G + 2 logits.
 
@@ -8,36 +8,167 @@ group 0 first, then every foreground group with its classes in class-id order (B
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 
-__all__ = ["ClassGroups"]
+__all__ = ["ClassCounts", "ClassGroups"]
 
 logger = logging.getLogger(__name__)
 
+Counts = Sequence[int] | torch.Tensor
 
-class ClassGroups(nn.Module):
-    """Which group each class belongs to, and where its logit stands.
 
-    A module rather than a plain record because the map must travel with the weights: the logit
-    width is K + G + 2 whatever the assignment, so a classifier loaded next to another map would
-    be silently scrambled. As buffers, the map moves with the model and is saved in its
-    checkpoint; on loading, the checkpoint's map replaces this one.
+class ClassCounts(nn.Module):
+    """Training count of each class, saved with the weights that were trained under it.
+
+    A module rather than a plain tensor because the counts must travel with the weights: as a
+    buffer they are in the checkpoint, so that evaluation needs no training annotations. On
+    loading, the checkpoint's replace the present ones.
 
     Attributes:
         num_classes: K.
-        num_groups: G, group 0 (background / foreground) not counted.
-        class_to_group: long tensor (K,), values 1..G.
         class_counts: long tensor (K,), training instances (or images) of each class; -1 unknown.
-        thresholds: long tensor (G - 1,), the half-open bin edges.
     """
 
+    # The buffer that says what the weights were trained under, and what it is called in messages.
+    _decisive, _subject = "class_counts", "class counts"
+
+    def __init__(self, class_counts: torch.Tensor, undetermined_because: str = "") -> None:
+        """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had."""
+        super().__init__()
+        self.num_classes = len(class_counts)
+        self.register_buffer("class_counts", class_counts.long())
+        self.undetermined_because = undetermined_because
+
+    @classmethod
+    def from_counts(cls, counts: Counts) -> "ClassCounts":
+        """
+        Args:
+            counts: K whole numbers of 0 or more, in contiguous class order.
+
+        Raises:
+            ConfigError: (a ValueError) for other counts.
+        """
+        return cls(_checked_counts(counts))
+
+    @classmethod
+    def undetermined(cls, num_classes: int, because: str) -> "ClassCounts":
+        """A placeholder to be filled from a checkpoint.
+
+        Args:
+            num_classes: K.
+            because: one sentence that says why counts are missing; raised on use.
+        """
+        return cls(torch.full((num_classes,), -1), because)
+
+    @classmethod
+    def from_source(cls, read_counts: Callable[[], Counts], num_classes: int, *args):
+        """From counts that may be missing: then a placeholder, since a checkpoint may have them.
+
+        Args:
+            read_counts: returns K counts; FileNotFoundError where they cannot be had.
+            num_classes: K.
+            *args: what else :meth:`from_counts` takes.
+        """
+        try:
+            counts = read_counts()
+        except FileNotFoundError as error:
+            return cls.undetermined(num_classes, *args, str(error))
+        return cls.from_counts(counts, *args)
+
+    @property
+    def is_determined(self) -> bool:
+        """False for a placeholder that no checkpoint has filled."""
+        return not self.undetermined_because
+
+    def require_determined(self) -> None:
+        """Raise ConfigError if this is a placeholder that no checkpoint has filled."""
+        if not self.is_determined:
+            raise ConfigError(
+                f"The {self._subject} are unknown: {self.undetermined_because} Load a checkpoint "
+                "that has them (MODEL.WEIGHTS), or set MODEL.BAGS.CLASS_COUNTS_FILE."
+            )
+
+    def require_classes(self, num_classes: int) -> None:
+        """Raise ConfigError if the counts are of another number of classes."""
+        if self.num_classes != num_classes:
+            raise ConfigError(
+                f"The class counts are of {self.num_classes} classes but "
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; make them agree."
+            )
+
+    def extra_repr(self) -> str:
+        known = f"{int(self.class_counts.sum()):,} counted" if self.is_determined else "unknown"
+        return f"{self.num_classes} classes, {known}"
+
+    def _fault_of(self, state: dict[str, torch.Tensor]) -> str:
+        """Why a checkpoint's state cannot be taken, or an empty string."""
+        found = state[self._decisive].shape
+        if found == (self.num_classes,):
+            return ""
+        return (
+            f"the checkpoint has {found.numel()} classes and the model {self.num_classes}; set "
+            "MODEL.ROI_HEADS.NUM_CLASSES to match."
+        )
+
+    # nn.Module has no public hook that runs before loading and can refuse what is loaded.
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Take the checkpoint's state, and say so where it differs from the present one."""
+        state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        loaded = state.get(self._decisive)
+        if loaded is not None:
+            fault = self._fault_of(state)
+            if fault:
+                error_msgs.append(f"{prefix}{self._decisive}: {fault}")
+                return
+            changed = int((loaded.cpu() != getattr(self, self._decisive).cpu()).sum())
+            if changed and self.is_determined:
+                logger.warning(
+                    "The checkpoint's %s of %d of %d classes differ from those of the "
+                    "configuration (MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY, CLASS_COUNTS_FILE and "
+                    "the training set): its own are used, since its weights were trained under "
+                    "them.",
+                    self._subject,
+                    changed,
+                    self.num_classes,
+                )
+            if bool((loaded >= 0).all()):
+                self.undetermined_because = ""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class ClassGroups(ClassCounts):
+    """Which group each class belongs to, and where its logit stands.
+
+    The width of the logits is K + G + 2 whatever the assignment, so a classifier loaded next to
+    another map would be silently scrambled. Hence the map, too, is saved with the weights.
+
+    Attributes:
+        num_groups: G, group 0 (background / foreground) not counted.
+        class_to_group: long tensor (K,), values 1..G.
+        thresholds: long tensor (G - 1,), the half-open bin edges.
+        class_to_column: long tensor (K,), the logit of each class.
+        label_to_slots: long tensor (G + 1, K + 1), the target of each label in every group: of its
+            own group 1, 2, ..; of others 0, "others". In group 0 background, the last label, is 0
+            and foreground 1.
+    """
+
+    _decisive, _subject = "class_to_group", "class groups"
+
     def __init__(
-        self, class_to_group: torch.Tensor, class_counts: torch.Tensor, thresholds: Sequence[int]
+        self,
+        class_to_group: torch.Tensor,
+        class_counts: torch.Tensor,
+        thresholds: Sequence[int],
+        undetermined_because: str = "",
     ) -> None:
         """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had.
 
@@ -45,23 +176,20 @@ class ClassGroups(nn.Module):
             class_to_group: long tensor (K,), values 1..G; all zero while undetermined.
             class_counts: long tensor (K,).
             thresholds: G - 1 strictly increasing positive integers.
+            undetermined_because: see :meth:`undetermined`.
         """
-        super().__init__()
-        self.num_classes = len(class_to_group)
+        super().__init__(class_counts, undetermined_because)
         self.num_groups = len(thresholds) + 1
         self.register_buffer("class_to_group", class_to_group.long())
-        self.register_buffer("class_counts", class_counts.long())
         self.register_buffer("thresholds", torch.tensor(list(thresholds), dtype=torch.long))
         # Derived from class_to_group, so never saved: a checkpoint cannot contradict itself.
-        self.register_buffer("class_to_slot", torch.empty(0, dtype=torch.long), persistent=False)
-        self.register_buffer("class_to_column", torch.empty(0, dtype=torch.long), persistent=False)
-        self.register_buffer("label_to_slots", torch.empty(0, dtype=torch.long), persistent=False)
-        self.undetermined_because = ""
+        for name in ("class_to_column", "label_to_slots", "output_columns"):
+            self.register_buffer(name, None, persistent=False)
         self._lay_out()
 
     @classmethod
     def from_counts(
-        cls, counts: Sequence[int] | torch.Tensor, thresholds: Sequence[int] = (10, 100, 1000)
+        cls, counts: Counts, thresholds: Sequence[int] = (10, 100, 1000)
     ) -> "ClassGroups":
         """Group classes into the half-open bins [0, t1) [t1, t2) ... [tn, inf).
 
@@ -76,15 +204,7 @@ class ClassGroups(nn.Module):
             ConfigError: (a ValueError) if counts are empty, negative or not whole numbers, or if
                 thresholds are not strictly increasing positive whole numbers.
         """
-        thresholds = _checked_thresholds(thresholds)
-        counts = torch.as_tensor(counts).detach().cpu()
-        if counts.dim() != 1 or counts.numel() == 0:
-            raise ConfigError(
-                f"Class counts must be one number for each class, found shape {tuple(counts.shape)}"
-            )
-        if not bool((counts == counts.long()).all()) or bool((counts < 0).any()):
-            raise ConfigError("Class counts must be whole numbers of 0 or more")
-        counts = counts.long()
+        thresholds, counts = _checked_thresholds(thresholds), _checked_counts(counts)
         edges = torch.tensor(thresholds, dtype=torch.long)
         return cls(torch.bucketize(counts, edges, right=True) + 1, counts, thresholds)
 
@@ -92,21 +212,9 @@ class ClassGroups(nn.Module):
     def undetermined(
         cls, num_classes: int, thresholds: Sequence[int], because: str
     ) -> "ClassGroups":
-        """A placeholder of the right size, to be filled from a checkpoint.
-
-        Evaluation needs no training annotations, since the grouping comes with the weights; the
-        width of the classifier is known without them.
-
-        Args:
-            num_classes: K.
-            thresholds: as in :meth:`from_counts`.
-            because: one sentence that says why counts are missing; raised on use.
-        """
-        thresholds = _checked_thresholds(thresholds)
+        """A placeholder of the right width, which does not depend on the counts."""
         zeros = torch.zeros(num_classes, dtype=torch.long)
-        groups = cls(zeros, torch.full_like(zeros, -1), thresholds)
-        groups.undetermined_because = because
-        return groups
+        return cls(zeros, zeros - 1, _checked_thresholds(thresholds), because)
 
     @property
     def num_logits(self) -> int:
@@ -119,28 +227,15 @@ class ClassGroups(nn.Module):
         return self._sizes
 
     @property
-    def group_slices(self) -> tuple[slice, ...]:
-        """Columns of group 0 and of every foreground group, length G + 1."""
-        stops = itertools.accumulate(self.widths)
-        return tuple(slice(b - w, b) for b, w in zip(stops, self.widths, strict=True))
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """Number of columns of group 0 and of every foreground group, length G + 1."""
         return (2, *(size + 1 for size in self._sizes))
 
     @property
-    def is_determined(self) -> bool:
-        """False for a placeholder whose grouping has yet to be loaded."""
-        return not self.undetermined_because
-
-    def require_determined(self) -> None:
-        """Raise ConfigError if this is a placeholder that no checkpoint has filled."""
-        if not self.is_determined:
-            raise ConfigError(
-                f"The class groups are unknown: {self.undetermined_because} Load a BAGS checkpoint "
-                "(MODEL.WEIGHTS), or set MODEL.BAGS.CLASS_COUNTS_FILE."
-            )
+    def group_slices(self) -> tuple[slice, ...]:
+        """Columns of group 0 and of every foreground group, length G + 1."""
+        stops = itertools.accumulate(self.widths, initial=0)
+        return tuple(slice(a, b) for a, b in itertools.pairwise(stops))
 
     def extra_repr(self) -> str:
         names = ", ".join(self.describe()) if self.is_determined else "undetermined"
@@ -148,75 +243,53 @@ class ClassGroups(nn.Module):
 
     def describe(self) -> list[str]:
         """One string for each foreground group, such as ``'[10, 100): 412'``."""
-        edges = [0, *self.thresholds.tolist(), "inf"]
-        pairs = itertools.pairwise(edges)
-        return [f"[{a}, {b}): {n}" for (a, b), n in zip(pairs, self.sizes, strict=True)]
+        edges = itertools.pairwise([0, *self.thresholds.tolist(), "inf"])
+        return [f"[{a}, {b}): {n}" for (a, b), n in zip(edges, self.sizes, strict=True)]
 
     def _lay_out(self) -> None:
-        """Derive slots, columns and sizes from ``class_to_group``."""
-        groups = self.class_to_group.cpu()
-        columns = torch.zeros_like(groups)
-        # Slot that each label is the target of, in every group: classes of other groups are
-        # "others" of a group, slot 0, as is background, the last label.
-        targets = torch.zeros(self.num_groups + 1, self.num_classes + 1, dtype=torch.long)
-        targets[0, :-1] = 1
-        start, sizes = 2, []
-        for g in range(1, self.num_groups + 1):
-            members = (groups == g).nonzero().flatten()
-            targets[g, members] = torch.arange(1, len(members) + 1)
-            columns[members] = start + targets[g, members]
-            sizes.append(len(members))
-            start += 1 + len(members)
-        device = self.class_to_group.device
+        """Derive columns, slots and sizes from ``class_to_group``."""
+        groups, device = self.class_to_group.cpu(), self.class_to_group.device
+        order, classes = groups.argsort(stable=True), torch.arange(self.num_classes)
+        columns = torch.empty_like(groups)
+        # Before the i-th class in this order, of group g: group 0, i classes and g "others".
+        columns[order] = 2 + classes + groups[order]
+        self._sizes = tuple(groups.bincount(minlength=self.num_groups + 1)[1:].tolist())
+        starts = torch.tensor([part.start for part in self.group_slices])
+        slots = torch.zeros(self.num_groups + 1, self.num_classes + 1, dtype=torch.long)
+        slots[groups, classes] = columns - starts[groups]
+        slots[0, :-1] = 1
         self.class_to_column = columns.to(device)
-        self.label_to_slots = targets.to(device)
-        self.class_to_slot = self.label_to_slots[1:, :-1].sum(dim=0)
-        self._sizes = tuple(sizes)
+        self.label_to_slots = slots.to(device)
+        # Background, column 0, comes last. As int32, for which index_select takes half the time.
+        self.output_columns = nn.functional.pad(columns, (0, 1)).int().to(device)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """Take the checkpoint's grouping, and say so where it differs from the present one."""
-        key = prefix + "class_to_group"
-        loaded = state_dict.get(key)
-        if loaded is not None:
-            problem = self._fault_of(loaded, state_dict.get(prefix + "thresholds"))
-            if problem:
-                error_msgs.append(f"{key}: {problem}")
-                return
-            if self.is_determined and not torch.equal(loaded.cpu(), self.class_to_group.cpu()):
-                changed = int((loaded.cpu() != self.class_to_group.cpu()).sum())
-                logger.warning(
-                    "The checkpoint groups %d of %d classes otherwise than the configuration "
-                    "(MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY and the training set): its own groups "
-                    "are used, since they are what its weights mean.",
-                    changed,
-                    self.num_classes,
-                )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if loaded is not None:
-            self.undetermined_because = ""
-            self._lay_out()
-
-    def _fault_of(self, class_to_group: torch.Tensor, thresholds: torch.Tensor | None) -> str:
-        """Why a checkpoint's grouping cannot be taken, or an empty string."""
-        if class_to_group.shape != self.class_to_group.shape:
-            return (
-                f"the checkpoint has {class_to_group.numel()} classes and the model "
-                f"{self.num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES to match."
-            )
-        if thresholds is not None and len(thresholds) + 1 != self.num_groups:
+    def _fault_of(self, state: dict[str, torch.Tensor]) -> str:
+        fault = super()._fault_of(state)
+        if fault:
+            return fault
+        thresholds = state.get("thresholds")
+        if thresholds is not None and thresholds.shape != self.thresholds.shape:
             return (
                 f"the checkpoint was trained with group thresholds {tuple(thresholds.tolist())} "
                 f"and the model has {tuple(self.thresholds.tolist())}; set "
                 "MODEL.BAGS.GROUP_THRESHOLDS to the checkpoint's."
             )
-        low, high = int(class_to_group.min()), int(class_to_group.max())
+        low, high = (int(x) for x in state[self._decisive].aminmax())
         if low < 1 or high > self.num_groups:
             return f"groups must lie in 1..{self.num_groups}, the checkpoint has {low}..{high}."
         return ""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._lay_out()
+
+
+def _checked_counts(counts: Counts) -> torch.Tensor:
+    counts = torch.as_tensor(counts).detach().cpu()
+    whole = counts.dim() == 1 and counts.numel() and bool((counts == counts.long()).all())
+    if not whole or bool((counts < 0).any()):
+        raise ConfigError("Class counts must be one whole number of 0 or more for each class.")
+    return counts.long()
 
 
 def _checked_thresholds(thresholds: Sequence[int]) -> tuple[int, ...]:

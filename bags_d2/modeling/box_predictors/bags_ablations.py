@@ -6,10 +6,9 @@ columns that a variant does without are there and unused.
 
 import torch
 from detectron2.config import configurable
-from torch.nn import functional as F
 
 from ..class_groups import ClassGroups
-from ..losses import at_least_float32, group_targets
+from ..losses import at_least_float32, group_cross_entropy, group_targets
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 from .reweighted import class_weights
@@ -23,11 +22,13 @@ __all__ = [
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
 class BAGSWithoutBackgroundGroupOutputLayers(BAGSOutputLayers):
-    """BAGS without group 0: nothing but each group's "others" tells background apart.
+    """BAGS without group 0: only each group's "others" distinguishes background.
 
     Scores are each group's softmax, unscaled: ``p_c = softmax(z_g)_c``. The background's, which
-    is looked at by statistics alone, is the smallest P("others") of any group.
+    only statistics look at, is the smallest P("others") of any group.
     """
+
+    merges = ("paper",)
 
     def group_losses(self, logits, gt_classes):
         losses, used = super().group_losses(logits, gt_classes)
@@ -48,11 +49,13 @@ class BAGSWithoutOthersOutputLayers(BAGSOutputLayers):
     it is an object. ``MODEL.BAGS.OTHERS_SAMPLE_RATIO`` has no effect.
     """
 
+    merges = ("paper",)
+
     @configurable
     def __init__(self, input_shape, *, others_sample_ratio: float = 0.0, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
+            input_shape: ShapeSpec.
             others_sample_ratio: not used: none are drawn.
             **kwargs: as for ``BAGSOutputLayers``.
         """
@@ -79,7 +82,7 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
     def __init__(self, input_shape, *, clip: tuple[float, float] = (0.1, 5.0), **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
+            input_shape: ShapeSpec.
             clip: least and largest weight.
             **kwargs: as for ``BAGSOutputLayers``.
         """
@@ -94,18 +97,10 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
 
     def group_losses(self, logits, gt_classes):
         _, used = super().group_losses(logits.detach(), gt_classes)
-        parts = at_least_float32(logits).split(self.groups.widths, dim=1)
+        targets = group_targets(gt_classes, self.groups)
         weights = group_weights(self.groups, self.clip)
-        losses = []
-        with torch.autocast(logits.device.type, enabled=False):
-            for row in zip(
-                parts, group_targets(gt_classes, self.groups), weights, used, strict=True
-            ):
-                part, target, weight, mask = row
-                loss = F.cross_entropy(part, target, weight.to(part), reduction="none")
-                total = torch.where(mask, loss, loss.new_zeros(())).sum()
-                losses.append(total / mask.sum().clamp(min=1))
-        return torch.stack(losses), used
+        logits = at_least_float32(logits)
+        return group_cross_entropy(logits, targets, used, self.groups.widths, weights), used
 
 
 def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> list[torch.Tensor]:

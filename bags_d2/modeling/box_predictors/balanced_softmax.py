@@ -5,10 +5,9 @@ from detectron2.config import configurable
 from detectron2.layers import cross_entropy
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import CountedOutputLayers
+from .classifier import CountedOutputLayers, require_non_negative
 
 __all__ = ["BalancedSoftmaxOutputLayers", "balanced_softmax_loss", "log_priors"]
 
@@ -25,16 +24,12 @@ class BalancedSoftmaxOutputLayers(CountedOutputLayers):
     def __init__(self, input_shape, *, tau: float = 1.0, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            tau: scale of the log priors; 1 is balanced softmax, 0 softmax.
+            input_shape: ShapeSpec.
+            tau: scale of the log priors, 0 or more; 1 is balanced softmax, 0 softmax.
             **kwargs: as for ``CountedOutputLayers``.
-
-        Raises:
-            ConfigError: if tau is negative.
         """
         super().__init__(input_shape, **kwargs)
-        if not tau >= 0:
-            raise ConfigError(f"MODEL.BALANCED_SOFTMAX.TAU must be 0.0 or more, found {tau}.")
+        require_non_negative("MODEL.BALANCED_SOFTMAX.TAU", tau)
         self.tau = tau
 
     @classmethod
@@ -45,12 +40,7 @@ class BalancedSoftmaxOutputLayers(CountedOutputLayers):
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """:func:`balanced_softmax_loss`."""
-        self.counts.require_determined()
-        return balanced_softmax_loss(logits, gt_classes, self.counts.class_counts, self.tau)
-
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax, without the priors."""
-        return at_least_float32(logits).softmax(dim=1)
+        return balanced_softmax_loss(logits, gt_classes, self.class_counts, self.tau)
 
 
 def log_priors(counts: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Detectron2's softmax (or sigmoid) box predictor, with exact top-k inference."""
+"""Detectron2's softmax (or sigmoid) box predictor, with fast top-k inference."""
 
 import functools
 
@@ -55,12 +55,12 @@ class NormalizedLinear(nn.Linear):
 class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     """Detectron2's class of this name, with a choice of two classifier layers.
 
-    ``inference`` differs in speed and not in its results: it decodes the boxes of the best
-    (RoI, class) pairs instead of all, and runs NMS among these.
+    ``inference`` differs in speed alone: it decodes the boxes of the best (RoI, class) pairs
+    instead of all, and runs NMS among these.
 
     Attributes:
         classification_only: leave box regression out in training. For thousands of classes its
-            4 K outputs cost several times the classifier, to no use where it is frozen.
+            4 K outputs cost several times the classifier, in vain where it is frozen.
     """
 
     classification_only = False
@@ -69,7 +69,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def __init__(self, input_shape, *, temperature: float | None = None, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
+            input_shape: ShapeSpec.
             temperature: None for a linear classifier, else that of a :class:`NormalizedLinear`.
             **kwargs: as for Detectron2's class.
         """
@@ -113,14 +113,14 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """As the parent's; with ``classification_only``, ``loss_cls`` alone."""
+        """``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``."""
         losses = super().losses(predictions, proposals)
         if self.classification_only:
             del losses["loss_box_reg"]
         return losses
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
-        """As the parent's; 0 with ``classification_only``."""
+        """0 with ``classification_only``, which drops it from the losses."""
         if self.classification_only:
             return 0.0
         return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
@@ -128,14 +128,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
-        """
-        Args:
-            predictions: the return values of ``forward``.
-            proposals: of each image, with ``proposal_boxes``.
-
-        Returns:
-            As :func:`bags_d2.layers.fast_rcnn_inference_topk`.
-        """
+        """Detections and their RoIs, see :func:`bags_d2.layers.fast_rcnn_inference_topk`."""
         return fast_rcnn_inference_topk(
             self._boxes_to_decode(predictions, proposals),
             self.predict_probs(predictions, proposals),
@@ -146,7 +139,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
         )
 
     def _boxes_to_decode(self, predictions, proposals) -> list[torch.Tensor | BoxDeltas]:
-        # A subclass may decode in its own way, of which only the result can be taken.
+        # A subclass may decode in its own way, of which only the result is known.
         own_way = type(self).predict_boxes is not fast_rcnn.FastRCNNOutputLayers.predict_boxes
         if own_way or not isinstance(self.box2box_transform, Box2BoxTransform):
             return list(self.predict_boxes(predictions, proposals))

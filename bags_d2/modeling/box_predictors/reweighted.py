@@ -33,14 +33,9 @@ class ReweightedOutputLayers(CountedOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            scheme: as for :func:`class_weights`.
-            beta: likewise.
-            clip: likewise.
+            input_shape: ShapeSpec.
+            scheme, beta, clip: as for :func:`class_weights`, which may raise ConfigError.
             **kwargs: as for ``CountedOutputLayers``.
-
-        Raises:
-            ConfigError: as :func:`class_weights`.
         """
         super().__init__(input_shape, **kwargs)
         _check_options(scheme, beta, clip)
@@ -57,14 +52,9 @@ class ReweightedOutputLayers(CountedOutputLayers):
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """:func:`reweighted_softmax_loss`."""
-        self.counts.require_determined()
         # Not kept: a checkpoint may bring other counts, and K numbers are quickly computed.
-        weights = class_weights(self.counts.class_counts, self.scheme, self.beta, self.clip)
+        weights = class_weights(self.class_counts, self.scheme, self.beta, self.clip)
         return reweighted_softmax_loss(logits, gt_classes, weights)
-
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax."""
-        return at_least_float32(logits).softmax(dim=1)
 
 
 def class_weights(

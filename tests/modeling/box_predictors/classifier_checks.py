@@ -10,7 +10,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils.events import EventStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bags_d2.modeling.class_counts import ClassCounts
+from bags_d2.modeling import ClassCounts
 
 CASCADE = (
     *("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads"),
@@ -33,7 +33,7 @@ def random_logits(num_rois, num_logits, scale=2.0):
 def make_predictor(cls, counts=None, **kwargs):
     """A predictor of some features with weights that tell classes apart."""
     if counts is not None:
-        kwargs.update(counts=ClassCounts(long(counts)), num_classes=len(counts))
+        kwargs.update(counts=ClassCounts.from_counts(counts), num_classes=len(counts))
     torch.manual_seed(0)
     transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
     predictor = cls(ShapeSpec(channels=FEATURES), box2box_transform=transform, **kwargs)

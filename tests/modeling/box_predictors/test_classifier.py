@@ -32,12 +32,12 @@ def rois(labels):
 
 
 def test_counts_are_saved_and_win_over_those_of_the_config(log_lines):
-    lines = log_lines("bags_d2.modeling.class_counts")
-    trained, new = ClassCounts(long([5, 7, 9])), ClassCounts(long([5, 8, 9]))
+    lines = log_lines("bags_d2.modeling.class_groups")
+    trained, new = ClassCounts.from_counts([5, 7, 9]), ClassCounts.from_counts([5, 8, 9])
     new.load_state_dict(trained.state_dict())
     assert new.class_counts.tolist() == [5, 7, 9]
     assert len(lines) == 1
-    assert "counts of 1 of 3 classes differ" in lines[0]
+    assert "class counts of 1 of 3 classes differ" in lines[0]
     new.load_state_dict(trained.state_dict())
     assert len(lines) == 1
 
@@ -47,7 +47,7 @@ def test_unknown_counts_are_an_error_until_a_checkpoint_has_them():
     with pytest.raises(ConfigError, match=r"unknown: 'train\.json' does not exist\. Load a"):
         counts.require_determined()
     assert "unknown" in repr(counts)
-    counts.load_state_dict(ClassCounts(long([1, 2, 3])).state_dict())
+    counts.load_state_dict(ClassCounts.from_counts([1, 2, 3]).state_dict())
     counts.require_determined()
     assert counts.class_counts.tolist() == [1, 2, 3]
     # A checkpoint that does not know them either leaves them unknown.
@@ -59,7 +59,7 @@ def test_unknown_counts_are_an_error_until_a_checkpoint_has_them():
 @pytest.mark.parametrize("counts", [[1, -1], [[1, 2]], [0.5, 1.0]])
 def test_counts_that_are_none_are_refused(counts):
     with pytest.raises(ConfigError, match="one whole number of 0 or more"):
-        ClassCounts(torch.tensor(counts))
+        ClassCounts.from_counts(counts)
 
 
 def test_counts_of_other_classes_are_refused(tiny_cfg):
@@ -67,7 +67,7 @@ def test_counts_of_other_classes_are_refused(tiny_cfg):
         build_box_predictor(
             tiny_cfg("MODEL.ROI_BOX_PREDICTOR.NAME", "ReweightedOutputLayers"),
             SHAPE,
-            counts=ClassCounts(long([1, 2])),
+            counts=ClassCounts.from_counts([1, 2]),
         )
 
 
