@@ -11,7 +11,6 @@ from ..class_groups import ClassGroups
 from ..losses import at_least_float32, group_cross_entropy, group_targets
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .reweighted import class_weights
 
 __all__ = [
     "BAGSWithoutBackgroundGroupOutputLayers",
@@ -103,22 +102,20 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
         return group_cross_entropy(logits, targets, used, self.groups.widths, weights), used
 
 
-def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> list[torch.Tensor]:
-    """Weights of the columns of group 0 and of every foreground group.
+def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> tuple[torch.Tensor, ...]:
+    """Weights of the columns of group 0 and of every foreground group, G + 1 tensors.
 
     Args:
         groups: the class groups, with training counts.
         clip: least and largest weight.
-
-    Returns:
-        G + 1 tensors of ``groups.widths`` numbers.
     """
-    weights = [torch.ones(2)]
-    for g in range(1, groups.num_groups + 1):
-        counts = groups.class_counts[groups.class_to_group == g]
-        of_classes = class_weights(counts, "inverse", clip=clip)[:-1] if len(counts) else []
-        weights.append(torch.cat([torch.ones(1), torch.as_tensor(of_classes).cpu()]))
-    return weights
+    inverse = 1 / groups.class_counts.double().clamp(min=1)  # (K,)
+    zeros, group_of = inverse.new_zeros(groups.num_groups + 1), groups.class_to_group
+    sizes = zeros.index_add(0, group_of, torch.ones_like(inverse))
+    means = zeros.index_add(0, group_of, inverse) / sizes
+    weights = (inverse / means.index_select(0, group_of)).clamp(*clip)
+    columns = inverse.new_ones(groups.num_logits).index_copy(0, groups.class_to_column, weights)
+    return columns.split(groups.widths)
 
 
 def _without_others(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:

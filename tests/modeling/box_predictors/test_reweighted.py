@@ -3,13 +3,8 @@
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_never_waits,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -109,11 +104,6 @@ def test_one_class_is_a_plain_softmax():
     )
 
 
-def test_no_rois():
-    predictor = make_predictor(ReweightedOutputLayers, COUNTS)
-    check_no_rois(lambda logits: predictor.classification_loss(logits, long([])), K + 1)
-
-
 @pytest.mark.parametrize(
     ("counts", "options"),
     [
@@ -136,23 +126,6 @@ def test_a_batch_of_one_class_is_reweighted_too():
     logits, labels = random_logits(4, K + 1), long([2, 2, 2, 2])
     loss = reweighted_softmax_loss(logits, labels, torch.tensor([1.0, 1, 3, 1, 1, 1]))
     torch.testing.assert_close(loss, 3 * F.cross_entropy(logits, labels))
-
-
-def test_number_formats():
-    predictor = make_predictor(ReweightedOutputLayers, COUNTS)
-    labels = long([0, 1, 2, 3, 4, K] * 2)
-    check_number_formats(
-        lambda logits: predictor.classification_loss(logits, labels),
-        predictor.class_probs,
-        *(12, K + 1),
-    )
-
-
-def test_the_loss_never_waits_for_the_device():
-    def loss(logits, labels):
-        return reweighted_softmax_loss(logits, labels, class_weights(long(COUNTS).to("cuda")))
-
-    check_never_waits(loss, K + 1)
 
 
 # Predictor
@@ -208,9 +181,3 @@ def test_counts_of_a_checkpoint_decide_the_weights():
     assert not torch.isclose(predictor.classification_loss(logits, labels), expected)
     predictor.load_state_dict(other.state_dict())
     torch.testing.assert_close(predictor.classification_loss(logits, labels), expected)
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    cfg = tiny_cfg(*NAME, *DETECTORS[detector])
-    check_in_a_detector(cfg, make_batch(), num_stages=3 if detector == "cascade" else 1)
