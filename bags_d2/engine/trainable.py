@@ -66,11 +66,7 @@ def freeze_norm_statistics(model: nn.Module) -> nn.Module:
     would drift. The conversion holds whoever calls ``model.train()`` afterwards, and the layers'
     names in the checkpoint stay the same.
 
-    Args:
-        model: changed in place, unless it is itself such a layer.
-
-    Returns:
-        The model.
+    The model is changed in place, unless it is itself such a layer, and returned.
     """
     for name, child in model.named_children():
         is_norm = isinstance(child, nn.modules.batchnorm._BatchNorm)

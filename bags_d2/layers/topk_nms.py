@@ -62,13 +62,9 @@ class BoxDeltas:
 
     def surely_finite(self) -> torch.Tensor:
         """Bool scalar: if True, every box decodes to finite numbers; False leaves that open."""
-        # A Euclidean norm bounds every entry, and takes one pass without temporaries.
-        deltas, proposals = (
-            torch.linalg.vector_norm(x.detach(), dtype=torch.float32)
-            for x in (self.deltas, self.proposals)
-        )
-        largest_scale = math.exp(min(self.transform.scale_clamp, 700.0))
-        return proposals * (1 + deltas / min(self.transform.weights) + largest_scale) < 1e30
+        scale = math.exp(min(self.transform.scale_clamp, 700.0))
+        reach = 1 + _norm(self.deltas) / min(self.transform.weights) + scale
+        return _norm(self.proposals) * reach < 1e30
 
 
 def fast_rcnn_inference_topk(
@@ -136,19 +132,21 @@ def _detect(boxes, scores, image_shape, score_thresh, nms_thresh, topk):
 
 def _drop_non_finite(boxes, scores):
     """Leave out the RoIs that have a box or a score that is not finite."""
-    # A finite sum proves finite terms. Should a sum of finite terms overflow, the exact test
+    # A finite norm proves finite entries. Should that of finite ones overflow, the exact test
     # below is redundant but harmless.
     lazy = isinstance(boxes, BoxDeltas)
-    finite = boxes.surely_finite() if lazy else _sum(boxes).isfinite()
-    if finite & _sum(scores).isfinite():
+    finite = boxes.surely_finite() if lazy else _norm(boxes).isfinite()
+    if finite & _norm(scores).isfinite():
         return boxes, scores
     boxes = boxes.decode() if lazy else boxes
     valid = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
     return boxes[valid], scores[valid]
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().sum(dtype=torch.float32)
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm, a bound of every entry in one pass without temporaries."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor.detach(), dtype=dtype)
 
 
 def _best_candidates(scores: torch.Tensor, score_thresh: float, wanted: int):

@@ -25,9 +25,8 @@ Counts = Sequence[int] | torch.Tensor
 class ClassCounts(nn.Module):
     """Training count of each class, saved with the weights that were trained under it.
 
-    A module rather than a plain tensor because the counts must travel with the weights: as a
-    buffer they are in the checkpoint, so that evaluation needs no training annotations. On
-    loading, the checkpoint's replace the present ones.
+    As a buffer they travel with the weights, so that evaluation needs no training annotations;
+    on loading, the checkpoint's replace the present ones.
 
     Attributes:
         num_classes: K.
@@ -46,31 +45,20 @@ class ClassCounts(nn.Module):
 
     @classmethod
     def from_counts(cls, counts: Counts) -> "ClassCounts":
-        """
-        Args:
-            counts: K whole numbers of 0 or more, in contiguous class order.
-
-        Raises:
-            ConfigError: (a ValueError) for other counts.
-        """
+        """From K whole numbers of 0 or more, in class order (else ConfigError, a ValueError)."""
         return cls(_checked_counts(counts))
 
     @classmethod
     def undetermined(cls, num_classes: int, because: str) -> "ClassCounts":
-        """A placeholder to be filled from a checkpoint.
-
-        Args:
-            num_classes: K.
-            because: one sentence that says why counts are missing; raised on use.
-        """
+        """A placeholder for a checkpoint to fill; ``because``, one sentence, is raised on use."""
         return cls(torch.full((num_classes,), -1), because)
 
     @classmethod
     def from_source(cls, read_counts: Callable[[], Counts], num_classes: int, *args):
-        """From counts that may be missing: then a placeholder, since a checkpoint may have them.
+        """From counts, or a placeholder where ``read_counts`` raises FileNotFoundError.
 
         Args:
-            read_counts: returns K counts; FileNotFoundError where they cannot be had.
+            read_counts: returns K counts.
             num_classes: K.
             *args: what else :meth:`from_counts` takes.
         """
@@ -107,13 +95,13 @@ class ClassCounts(nn.Module):
 
     def _fault_of(self, state: dict[str, torch.Tensor]) -> str:
         """Why a checkpoint's state cannot be taken, or an empty string."""
-        found = state[self._decisive].shape
-        if found == (self.num_classes,):
-            return ""
-        return (
-            f"the checkpoint has {found.numel()} classes and the model {self.num_classes}; set "
-            "MODEL.ROI_HEADS.NUM_CLASSES to match."
-        )
+        found = state[self._decisive]
+        if found.shape != (self.num_classes,):
+            return (
+                f"the checkpoint has {found.numel()} classes and the model {self.num_classes}; "
+                "set MODEL.ROI_HEADS.NUM_CLASSES to match."
+            )
+        return ""
 
     # nn.Module has no public hook that runs before loading and can refuse what is loaded.
     def _load_from_state_dict(
@@ -153,6 +141,7 @@ class ClassGroups(ClassCounts):
 
     Attributes:
         num_groups: G, group 0 (background / foreground) not counted.
+        sizes: number of classes of each foreground group, length G.
         class_to_group: long tensor (K,), values 1..G.
         thresholds: long tensor (G - 1,), the half-open bin edges.
         class_to_column: long tensor (K,), the logit of each class.
@@ -170,14 +159,7 @@ class ClassGroups(ClassCounts):
         thresholds: Sequence[int],
         undetermined_because: str = "",
     ) -> None:
-        """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had.
-
-        Args:
-            class_to_group: long tensor (K,), values 1..G; all zero while undetermined.
-            class_counts: long tensor (K,).
-            thresholds: G - 1 strictly increasing positive integers.
-            undetermined_because: see :meth:`undetermined`.
-        """
+        """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had."""
         super().__init__(class_counts, undetermined_because)
         self.num_groups = len(thresholds) + 1
         self.register_buffer("class_to_group", class_to_group.long())
@@ -194,15 +176,14 @@ class ClassGroups(ClassCounts):
         """Group classes into the half-open bins [0, t1) [t1, t2) ... [tn, inf).
 
         Args:
-            counts: K training instances (or images) per class, in contiguous class order.
-            thresholds: strictly increasing positive integers; empty for one single group.
+            counts: K training instances (or images), whole numbers of 0 or more, in class order.
+            thresholds: strictly increasing positive whole numbers; empty for one single group.
 
         Returns:
             The grouping. Groups may be empty.
 
         Raises:
-            ConfigError: (a ValueError) if counts are empty, negative or not whole numbers, or if
-                thresholds are not strictly increasing positive whole numbers.
+            ConfigError: (a ValueError) for other counts or thresholds.
         """
         thresholds, counts = _checked_thresholds(thresholds), _checked_counts(counts)
         edges = torch.tensor(thresholds, dtype=torch.long)
@@ -222,14 +203,9 @@ class ClassGroups(ClassCounts):
         return self.num_classes + self.num_groups + 2
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of classes of each foreground group, length G."""
-        return self._sizes
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """Number of columns of group 0 and of every foreground group, length G + 1."""
-        return (2, *(size + 1 for size in self._sizes))
+        return (2, *(size + 1 for size in self.sizes))
 
     @property
     def group_slices(self) -> tuple[slice, ...]:
@@ -253,7 +229,7 @@ class ClassGroups(ClassCounts):
         columns = torch.empty_like(groups)
         # Before the i-th class in this order, of group g: group 0, i classes and g "others".
         columns[order] = 2 + classes + groups[order]
-        self._sizes = tuple(groups.bincount(minlength=self.num_groups + 1)[1:].tolist())
+        self.sizes = tuple(groups.bincount(minlength=self.num_groups + 1)[1:].tolist())
         starts = torch.tensor([part.start for part in self.group_slices])
         slots = torch.zeros(self.num_groups + 1, self.num_classes + 1, dtype=torch.long)
         slots[groups, classes] = columns - starts[groups]

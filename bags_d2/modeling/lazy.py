@@ -15,16 +15,9 @@ __all__ = ["groups_of", "known_class_counts"]
 def known_class_counts(
     dataset_name: str, num_classes: int, by: str = "instances"
 ) -> torch.Tensor | None:
-    """Training count of each class of a data set, long (K,); None if its annotations are missing.
+    """Training "instances" or "images" of each class of a registered data set, long (K,).
 
-    Args:
-        dataset_name: a registered data set.
-        num_classes: K.
-        by: "instances" or "images".
-
-    Raises:
-        ConfigError: if the data set has another number of classes.
-        DataError: if its annotation file is faulty.
+    None if its annotations are missing; ConfigError if it does not have ``num_classes`` classes.
     """
     try:
         return _counts(dataset_name, num_classes, by)
@@ -40,8 +33,7 @@ def groups_of(
 ) -> ClassGroups:
     """Class groups of a data set, for ``BAGSOutputLayers`` in a LazyConfig.
 
-    Without the annotations the groups are left to a checkpoint. Arguments and errors are those of
-    :func:`known_class_counts` and of ``ClassGroups.from_counts``.
+    Without the annotations the groups are left to a checkpoint.
     """
     read_counts = functools.partial(_counts, dataset_name, num_classes, by)
     return ClassGroups.from_source(read_counts, num_classes, tuple(thresholds))

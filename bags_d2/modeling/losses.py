@@ -38,18 +38,15 @@ def sample_others(
 
     For a group with n foreground RoIs in the batch, ``int(ratio * n)`` RoIs are drawn from those
     outside it (background RoIs and foreground RoIs of other groups alike), or all of them if they
-    are fewer; each group draws for itself. A group without foreground RoIs draws none.
+    are fewer; each group draws for itself.
 
     Args:
         in_group: bool tensor (G, R), whether the label of a RoI lies in a group.
-        others_sample_ratio: beta of the paper; ``inf`` draws all, 0 none.
+        others_sample_ratio: beta of the paper, 0 or more (else ValueError); ``inf`` draws all.
         generator: source of randomness on the tensors' device; None is the global one.
 
     Returns:
         Bool tensor (G, R): the RoIs drawn as "others".
-
-    Raises:
-        ValueError: if the ratio is negative or not a number.
     """
     if not others_sample_ratio >= 0:
         raise ValueError(
@@ -73,18 +70,11 @@ def sample_others(
 
 
 def group_targets(gt_classes: torch.Tensor, groups: ClassGroups) -> torch.Tensor:
-    """Slot of each RoI within every group: 0 is background in group 0 and "others" elsewhere.
-
-    Args:
-        gt_classes: long tensor (R,), 0..K.
-        groups: the class groups.
-
-    Returns:
-        Long tensor (G + 1, R).
+    """Slot of each RoI within every group, long (G + 1, R), by ``ClassGroups.label_to_slots``.
 
     Raises:
-        ValueError: for labels outside 0..K (on CUDA: a device-side assertion, which does not
-            wait for the device).
+        ValueError: for ``gt_classes`` (R,) outside 0..K (on CUDA: a device-side assertion, which
+            does not wait for the device).
     """
     num_classes = groups.num_classes
     in_range = ((gt_classes >= 0) & (gt_classes <= num_classes)).all()
@@ -144,7 +134,7 @@ def group_cross_entropy(
     widths: Sequence[int],
     weights: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy of each group over the RoIs that it uses.
+    """Mean cross-entropy of each group (G + 1,) over the RoIs that it uses.
 
     Each group is normalised by the number of RoIs that it *used*: normalising by R would shrink
     the tail groups' gradients by the very imbalance that the groups are there to remove.
@@ -155,9 +145,6 @@ def group_cross_entropy(
         used: bool tensor (G + 1, R).
         widths: numbers of columns of the groups.
         weights: for each group the weights of its slots as targets; None weighs all 1.
-
-    Returns:
-        Tensor (G + 1,).
     """
     losses = []
     for g, part in enumerate(logits.split(widths, dim=1)):
@@ -191,8 +178,7 @@ def merge_group_probs(
         Tensor (R, K + 1); the last column is P(background).
 
     Raises:
-        ValueError: for logits of the wrong width, groups that are not determined, or another
-            ``how``.
+        ValueError: for logits of the wrong width, undetermined groups, or another ``how``.
     """
     check_merge(how)
     raw = _checked_logits(logits, groups).split(groups.widths, dim=1)

@@ -38,15 +38,9 @@ class BAGSOutputLayers(ClassifierOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             groups: the class groups; becomes a submodule, so that the checkpoint holds it.
             others_sample_ratio: beta, "others" RoIs for each foreground RoI of a group.
             merge: how probabilities are merged, see :func:`bags_d2.merge_group_probs`.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: for options of Detectron2's class that have no meaning here, or if the
-                groups are of another number of classes.
         """
         super().__init__(input_shape, num_logits=groups.num_logits, **kwargs)
         groups.require_classes(self.num_classes)

@@ -52,12 +52,6 @@ class BAGSWithoutOthersOutputLayers(BAGSOutputLayers):
 
     @configurable
     def __init__(self, input_shape, *, others_sample_ratio: float = 0.0, **kwargs) -> None:
-        """
-        Args:
-            input_shape: ShapeSpec.
-            others_sample_ratio: not used: none are drawn.
-            **kwargs: as for ``BAGSOutputLayers``.
-        """
         super().__init__(input_shape, others_sample_ratio=0.0, **kwargs)
 
     def group_losses(self, logits, gt_classes):
@@ -81,9 +75,7 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
     def __init__(self, input_shape, *, clip: tuple[float, float] = (0.1, 5.0), **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             clip: least and largest weight.
-            **kwargs: as for ``BAGSOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.clip = clip

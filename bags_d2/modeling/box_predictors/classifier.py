@@ -44,12 +44,10 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     def __init__(self, input_shape, *, num_logits: int | None = None, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             num_logits: C; None is K + 1.
-            **kwargs: as for ``FastRCNNOutputLayers``.
 
         Raises:
-            ConfigError: for options of the parent's loss, which is not used here.
+            ConfigError: for options of the parent's loss.
         """
         for option in ("use_sigmoid_ce", "use_fed_loss"):
             if kwargs.get(option):
@@ -63,38 +61,25 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
             self._replace_classifier(num_logits)
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
-        """The loss of the classifier; here cross-entropy, mean over RoIs.
+        """The classifier's loss; here cross-entropy, mean over RoIs.
 
-        Args:
-            logits: (R, C), any floating dtype.
-            gt_classes: long tensor (R,), 0..K.
-
-        Returns:
-            Scalar, float32 at least; 0 with the graph connected if R is 0.
+        Of logits (R, C) of any floating dtype and long labels (R,): a scalar, float32 at least; 0
+        with the graph connected if R is 0.
         """
         return cross_entropy(at_least_float32(logits), gt_classes)
 
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores of the classes; here their softmax.
-
-        Args:
-            logits: (R, C), any floating dtype.
-
-        Returns:
-            Tensor (R, K + 1), float32 at least, background last.
-        """
+        """The scores (R, K + 1), float32 at least, background last; here a softmax."""
         return at_least_float32(logits).softmax(dim=1)
 
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """
+        """``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``.
+
         Args:
             predictions: logits (R, C) and box deltas, the return values of ``forward``.
             proposals: sampled proposals of each image with ``gt_classes`` and ``gt_boxes``.
-
-        Returns:
-            ``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``, scalars.
         """
         logits, proposal_deltas = predictions
         if len(proposals):
@@ -137,13 +122,6 @@ class SigmoidOutputLayers(ClassifierOutputLayers):
 
     @configurable
     def __init__(self, input_shape, *, num_classes: int, num_logits: int | None = None, **kwargs):
-        """
-        Args:
-            input_shape: ShapeSpec.
-            num_classes: K.
-            num_logits: C; None is K.
-            **kwargs: as for ``ClassifierOutputLayers``.
-        """
         num_logits = num_classes if num_logits is None else num_logits
         super().__init__(input_shape, num_classes=num_classes, num_logits=num_logits, **kwargs)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - self.PRIOR) / self.PRIOR))
@@ -165,12 +143,7 @@ class CountedOutputLayers(ClassifierOutputLayers):
     def __init__(self, input_shape, *, counts: ClassCounts, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
-            counts: training counts; becomes a submodule, so that the checkpoint holds it.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: if the counts are of another number of classes.
+            counts: of K classes; becomes a submodule, so that the checkpoint holds it.
         """
         super().__init__(input_shape, **kwargs)
         counts.require_classes(self.num_classes)
@@ -197,14 +170,9 @@ def require_non_negative(key: str, value: float) -> None:
 
 
 def one_hot_targets(gt_classes: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Targets of one sigmoid for each column.
+    """Targets of one sigmoid for each column, long (R, num_columns).
 
-    Args:
-        gt_classes: long tensor (R,), 0..K.
-        num_columns: K, where background is negative for all, or K + 1, where it has the last.
-
-    Returns:
-        Long tensor (R, num_columns).
+    Of K columns background is negative for all; of K + 1 it has the last.
     """
     columns = torch.arange(num_columns, device=gt_classes.device)
     return (gt_classes[:, None] == columns).long()

@@ -28,11 +28,9 @@ class EQLOutputLayers(SigmoidOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             is_tail: bool tensor (K,), the classes to spare; None if unknown, as where a checkpoint
                 is evaluated without the training annotations.
             unknown_because: why, for the error in training.
-            **kwargs: as for ``SigmoidOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         # Not saved: it follows from the training set, and only training needs it.
@@ -73,13 +71,7 @@ def equalization_loss(
     share of the training images is below a threshold. So these get no negatives from foreground
     RoIs of other classes, but all from background.
 
-    Args:
-        logits: (R, K), any floating dtype; computed in float32 at least.
-        gt_classes: long tensor (R,), 0..K.
-        is_tail: bool tensor (K,).
-
-    Returns:
-        Scalar; 0 with the graph connected if R is 0.
+    Logits (R, K) are computed in float32 at least; ``is_tail`` is a bool tensor (K,).
     """
     logits = at_least_float32(logits)
     num_classes = logits.shape[1]

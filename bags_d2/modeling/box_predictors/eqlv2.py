@@ -44,12 +44,10 @@ class EQLv2OutputLayers(SigmoidOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             num_classes: K.
             gamma: steepness of f, 0 or more.
             mu: ratio at which f is 1/2.
             alpha: what positives gain at most, 0 or more.
-            **kwargs: as for ``SigmoidOutputLayers``.
         """
         super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes + 1, **kwargs)
         require_non_negative("MODEL.EQLV2.GAMMA", gamma)
@@ -93,16 +91,9 @@ class EQLv2OutputLayers(SigmoidOutputLayers):
 def gradient_weights(
     accumulated: torch.Tensor, gamma: float, mu: float, alpha: float
 ) -> torch.Tensor:
-    """Weights of positives and negatives (Tan et al., CVPR 2021, eq. 4 to 6).
+    """Weights of positives and negatives (2, K + 1), of background 1.
 
-    Args:
-        accumulated: (2, K), positive and negative gradients.
-        gamma: steepness of f.
-        mu: ratio at which f is 1/2.
-        alpha: what positives gain at most.
-
-    Returns:
-        Tensor (2, K + 1); the last column, background, is 1.
+    Tan et al., CVPR 2021, eq. 4 to 6, from the accumulated positive and negative gradients (2, K).
     """
     positive, negative = accumulated
     # Without gradients the ratio is as good as infinite: f is 1 and weights are neutral.

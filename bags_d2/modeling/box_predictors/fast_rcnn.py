@@ -26,15 +26,7 @@ class NormalizedLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, temperature: float) -> None:
-        """
-        Args:
-            in_features: D.
-            out_features: C.
-            temperature: scale of the cosines, above 0.
-
-        Raises:
-            ConfigError: if the temperature is not above 0.
-        """
+        """As ``nn.Linear``, with bias; ``temperature`` must be above 0 (else ConfigError)."""
         if not temperature > 0:
             raise ConfigError(
                 f"MODEL.ROI_BOX_PREDICTOR.TEMPERATURE must be above 0, found {temperature}"
@@ -69,9 +61,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def __init__(self, input_shape, *, temperature: float | None = None, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             temperature: None for a linear classifier, else that of a :class:`NormalizedLinear`.
-            **kwargs: as for Detectron2's class.
         """
         super().__init__(input_shape, **kwargs)
         self.temperature = temperature
@@ -97,13 +87,9 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
         nn.init.zeros_(self.cls_score.bias)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            x: features (R, D), or (R, ...) to be flattened.
+        """Logits (R, C) and box deltas (R, 4 K or 4) of features (R, D) or (R, ...).
 
-        Returns:
-            Logits (R, C) and box deltas (R, 4 K or 4); with ``classification_only``, deltas of
-            zero in training.
+        In training with ``classification_only`` the deltas are zeros (R, 4).
         """
         if not (self.training and self.classification_only):
             return super().forward(x)

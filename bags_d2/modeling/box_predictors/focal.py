@@ -24,13 +24,9 @@ class FocalOutputLayers(SigmoidOutputLayers):
     def __init__(self, input_shape, *, gamma: float = 2.0, alpha: float = 0.25, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             gamma: exponent of the weight of well classified RoIs.
             alpha: weight of positives, that of negatives being ``1 - alpha``; negative for 1 and 1.
-            **kwargs: as for ``SigmoidOutputLayers``.
 
-        Raises:
-            ConfigError: if gamma or alpha has no meaning.
         """
         super().__init__(input_shape, **kwargs)
         # Between 0 and 1, d (1 - p)^gamma / dp is infinite at p = 1, which float32 reaches: NaN.
@@ -67,9 +63,6 @@ def focal_loss(
         gt_classes: long tensor (R,), 0..K.
         gamma: 0, or 1 or more; 0 is binary cross-entropy weighted by ``alpha_t``.
         alpha: 0 to 1; negative does without ``alpha_t``.
-
-    Returns:
-        Scalar, float32; 0 with the graph connected if R is 0.
     """
     # Background is one column more, which is then dropped.
     targets = F.one_hot(gt_classes, logits.shape[1] + 1)[:, :-1]  # (R, K)

@@ -32,9 +32,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     def __init__(self, input_shape, *, mean_temperature: float = 20.0, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             mean_temperature: t, above 0.
-            **kwargs: as for ``ClassifierOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.mean_temperature = mean_temperature

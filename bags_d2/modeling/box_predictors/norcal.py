@@ -24,9 +24,7 @@ class NorCalOutputLayers(CountedOutputLayers):
     def __init__(self, input_shape, *, gamma: float = 0.6, **kwargs) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             gamma: exponent of the counts, 0 or more; 0 is the softmax.
-            **kwargs: as for ``CountedOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         require_non_negative("MODEL.NORCAL.GAMMA", gamma)
@@ -55,9 +53,6 @@ def calibrated_probs(
         logits: (R, K + 1), any floating dtype; computed in float32 at least.
         counts: N, (K,); 0 counts as 1.
         gamma: exponent.
-
-    Returns:
-        Tensor (R, K + 1), background last.
     """
     shift = F.pad(-gamma * counts.clamp(min=1).double().log(), (0, 1))
     logits = at_least_float32(logits)

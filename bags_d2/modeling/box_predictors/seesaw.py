@@ -36,11 +36,9 @@ class SeesawOutputLayers(ClassifierOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: ShapeSpec.
             num_classes: K.
             p: exponent of the mitigation factor, 0 or more.
             q: exponent of the compensation factor, 0 or more.
-            **kwargs: as for ``ClassifierOutputLayers``.
         """
         super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes + 2, **kwargs)
         require_non_negative("MODEL.SEESAW.P", p)

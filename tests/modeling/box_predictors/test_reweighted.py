@@ -142,8 +142,7 @@ def test_the_config_is_read(tiny_cfg):
     cfg = tiny_cfg(*NAME, *options, "MODEL.REWEIGHT.CLIP", (0.5, 2.0))
     predictor = build_box_predictor(cfg, ShapeSpec(channels=FEATURES))
     assert type(predictor) is ReweightedOutputLayers
-    assert (predictor.scheme, predictor.beta) == ("effective_number", 0.5)
-    assert predictor.clip == (0.5, 2.0)
+    assert predictor.options == ("effective_number", 0.5, (0.5, 2.0))
     assert predictor.counts.class_counts.tolist() == [3, 12, 150, 2000, 7, 40]
     assert predictor.cls_score.out_features == 7
 
