@@ -181,28 +181,16 @@ def merge_group_probs(
         ValueError: for logits of the wrong width, undetermined groups, or another ``how``.
     """
     check_merge(how)
-    raw = _checked_logits(logits, groups).split(groups.widths, dim=1)
-    objectness, *probs = (part.softmax(dim=1) for part in raw)
-    scales = objectness[:, 1:].expand(-1, len(probs))  # (R, G)
-    if how == "joint":
-        scales = scales * _joint_shares(raw[1:], probs)
-    scaled = [part * scale for part, scale in zip(probs, scales.split(1, dim=1), strict=True)]
-    return torch.cat([objectness, *scaled], dim=1).index_select(1, groups.output_columns)
-
-
-def _joint_shares(logits: Sequence[torch.Tensor], probs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What to scale each group's own softmax by for the joint one (R, G).
-
-    With ``E_g`` the sum of ``exp(a_c)`` over group g, its own softmax is ``exp(a_c) / (1 + E_g)``,
-    so that the scale is ``(1 + E_g) / (1 + sum_h E_h)``. Both terms are taken relative to the
-    largest ``exp(a_c)``, which would overflow.
-    """
-    gaps = torch.stack([z.amax(dim=1) - z[:, 0] for z in logits], dim=1)  # (R, G), 0 or more
-    largest = gaps.amax(dim=1, keepdim=True)
-    # A group's largest probability is exp(gap) / (1 + E_g).
-    peaks = torch.stack([p.amax(dim=1) for p in probs], dim=1)
-    relative = (gaps - largest).exp() / peaks
-    return relative / (relative.sum(dim=1, keepdim=True) - (len(probs) - 1) * (-largest).exp())
+    logits = _checked_logits(logits, groups)
+    background, foreground = logits[:, :2].softmax(dim=1).split(1, dim=1)
+    if how == "paper":
+        parts = [part.softmax(dim=1) for part in logits.split(groups.widths, dim=1)]
+        scores = torch.cat(parts, dim=1).index_select(1, groups.output_columns)
+    else:
+        # The last of the K + 1 columns is background's relative to itself: the "none" of logit 0.
+        others = logits.index_select(1, groups.others_columns)
+        scores = (logits.index_select(1, groups.output_columns) - others).softmax(dim=1)
+    return torch.cat([scores[:, :-1] * foreground, background], dim=1)
 
 
 def check_merge(how: str, merges: tuple[str, ...] = MERGES) -> None:
