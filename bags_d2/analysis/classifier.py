@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 
 __all__ = ["class_weight_norms", "rank_correlation", "remembered_counts"]
 

@@ -15,8 +15,7 @@ from detectron2.modeling import build_model
 from .. import model_zoo
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, DataError, MissingFileError
-from ..modeling.class_counts import ClassCounts
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassCounts, ClassGroups
 from .checkpoint import LongTailCheckpointer
 from .setup import check_device, setup_cfg
 
