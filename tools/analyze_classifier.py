@@ -10,6 +10,7 @@ from bags_d2 import ConfigError
 from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, remembered_counts
 from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_weight_norms
+from bags_d2.checkpoint.files import read_checkpoint
 from bags_d2.data.class_counts import (
     read_class_counts,
     training_class_counts,
@@ -17,7 +18,6 @@ from bags_d2.data.class_counts import (
 )
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.evaluation.bins import bin_index
 from bags_d2.utils.files import write_csv

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from bags_d2.analysis.demo import report_demo
-from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import lock_folder
+from bags_d2.utils.processes import run_logged
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_2 = {"softmax_retrained": "glyphs_softmax_retrained", "bags": "glyphs_bags"}

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from detectron2.config import get_cfg
 
+from ..checkpoint.files import read_model_weights
 from ..config import add_bags_config
-from ..engine.checkpoint_file import read_model_weights
 from ..errors import BagsError, ConfigError
 from ..utils.files import write_atomically
 from ..utils.text import printable

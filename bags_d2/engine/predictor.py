@@ -13,10 +13,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .. import model_zoo
+from ..checkpoint import LongTailCheckpointer
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, DataError, MissingFileError
 from ..modeling.class_groups import ClassCounts, ClassGroups
-from .checkpoint import LongTailCheckpointer
 from .setup import check_device, setup_cfg
 
 __all__ = ["LongTailPredictor"]

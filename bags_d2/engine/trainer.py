@@ -25,6 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from ..checkpoint import LongTailCheckpointer
 from ..data.build import test_records, training_records
 from ..data.class_counts import training_class_counts, training_class_names
 from ..data.class_record import ClassRecord
@@ -33,13 +34,12 @@ from ..errors import BagsError, ConfigError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
-from ..seeding import seed_generators, step_seed
+from ..solver import clip_full_model
 from ..utils.events import default_writers
 from ..utils.files import write_json
-from .checkpoint import LongTailCheckpointer
+from ..utils.seeding import seed_generators, step_seed
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .frozen import skip_frozen_parts
-from .optimizer import clip_full_model
 from .trainable import freeze_norm_statistics, select_trainable_params
 
 __all__ = ["BAGSTrainer"]

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..engine.checkpoint import LongTailCheckpointer
+from ..checkpoint import LongTailCheckpointer
 from ..engine.setup import setup_cfg
 from ..errors import MissingFileError
 

@@ -64,7 +64,7 @@ def logs(log_lines):
         for name in (
             "fvcore.common.checkpoint",
             "detectron2.checkpoint.detection_checkpoint",
-            "bags_d2.engine.checkpoint",
+            "bags_d2.checkpoint.checkpointer",
             "bags_d2.modeling.class_groups",
         )
     ]
