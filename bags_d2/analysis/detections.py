@@ -20,7 +20,7 @@ __all__ = ["draw_comparison", "group_by", "label_detections", "winning_groups"]
 
 
 def group_by(rows: Iterable[Mapping], key: str) -> dict[Hashable, list[Mapping]]:
-    """The rows of each value of a key, in their order; () for other values must be asked for."""
+    """The rows of each value of a key, in their order."""
     grouped = defaultdict(list)
     for row in rows:
         grouped[row[key]].append(row)
