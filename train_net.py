@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector of bags_d2; flags are those of Detectron2's own train_net.py."""
 
+import contextlib
 import functools
 
 from detectron2.engine import default_argument_parser, default_setup, hooks
@@ -18,10 +19,18 @@ from bags_d2.engine import (
     setup_cfg,
 )
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import lock_folder
 
 
 def main(args):
     cfg = setup_cfg(args)
+    # A checkpoint may be evaluated while the training goes on.
+    folder = f"{cfg.OUTPUT_DIR}/inference" if args.eval_only else cfg.OUTPUT_DIR
+    with lock_folder(folder) if comm.is_main_process() else contextlib.nullcontext():
+        return run(cfg, args)
+
+
+def run(cfg, args):
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
     if args.resume and not args.eval_only and comm.is_main_process():
         log_changed_settings(cfg)

@@ -50,7 +50,7 @@ def one_sentence(error: BaseException) -> str:
     traceback, at whose end the message stands.
     """
     text = str(error)
-    own = re.findall(r"^bags_d2\.errors\.\w+: (.*)$", text, re.MULTILINE)
+    own = re.findall(r"^bags_d2\.[\w.]+: (.*)$", text, re.MULTILINE)
     return own[-1] if own else text
 
 

@@ -7,6 +7,7 @@ features with each seed and compares AP on the validation set.
 """
 
 import argparse
+import functools
 import logging
 import os
 import statistics
@@ -22,15 +23,17 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from bags_d2 import BAGSTrainer, build_box_predictor
-from bags_d2.engine import LongTailCheckpointer, feature_cache, setup_cfg
-from bags_d2.engine.feature_cache import (
-    FeatureCache,
+from bags_d2.data.samplers import shuffled
+from bags_d2.engine import LongTailCheckpointer, setup_cfg
+from bags_d2.fitting.cache import FORMAT, FeatureCache, plan_shards, write_shard
+from bags_d2.fitting.extract import (
     extract_features,
     load_frozen_detector,
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import CachedBatches, ClassifierLoss, RoISampler, fit_classifier
+from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier, roi_sampler
+from bags_d2.utils.files import write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5
@@ -128,7 +131,16 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     config_file = "configs/lvis_bags_R50.yaml"
     cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=["MODEL.DEVICE", DEVICE]))
     num_images, width = 4 * cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_BOX_HEAD.FC_DIM
-    settings = feature_cache.CacheSettings({}, "", {}, 1, rois_per_image, sampling=0)
+    settings = {
+        **{
+            "format": FORMAT,
+            "num_images": num_images,
+            "views": 1,
+            "rois_per_image": rois_per_image,
+        },
+        "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        **{"images_per_shard": num_images, "images_per_batch": 8},
+    }
     rng = np.random.default_rng(0)
     rois = []
     for _ in range(num_images):
@@ -136,11 +148,11 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
         labels[rois_per_image // 4 :] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         features = rng.random((rois_per_image, width), dtype=np.float32)
         rois.append((features.astype(np.float16), labels.astype(np.int32)))
-    folder.mkdir()
-    feature_cache._write_stamp(folder, settings, num_images)
-    feature_cache._plan_shards(folder, settings, range(num_images))[0].write(rois)
-    batches = CachedBatches(
-        FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, 1, RoISampler.from_config(cfg)
+    write_json(folder / "cache.json", settings)
+    write_shard(next(plan_shards(folder, settings)), range(num_images), rois)
+    order = functools.partial(shuffled, torch.arange(num_images))
+    batches = cached_batches(
+        FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, 1, roi_sampler(cfg), order
     )
 
     predictor = build_box_predictor(cfg, ShapeSpec(channels=width)).to(DEVICE)
@@ -149,10 +161,9 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     loss_of = ClassifierLoss(predictor, DEVICE)
     reading, whole = [], []
     with EventStorage() as storage:
-        iterator = iter(batches)
         for _ in range(num_steps + 1):  # the first one warms up
             start = time.perf_counter()
-            batch = next(iterator)
+            batch = next(batches)
             reading.append(time.perf_counter() - start)
             optimizer.zero_grad()
             loss_of(batch)["loss_cls"].backward()
@@ -216,7 +227,8 @@ def main():
             ):
                 _, seconds, memory = measure(clock, task)
                 measured[name].append((seconds, memory))
-        num_images, num_bytes = FeatureCache(cache).num_images, FeatureCache(cache).num_bytes
+        num_images = FeatureCache(cache).settings["num_images"]
+        num_bytes = sum(path.stat().st_size for path in cache.rglob("features.npy"))
         report(cfg, args, measured, difference, num_images, num_bytes)
         if args.lvis:
             rows = [lvis_rates(folder / f"lvis{n}", n) for n in (1013, 512, 128)]

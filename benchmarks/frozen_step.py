@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from bags_d2 import BAGSTrainer, add_bags_config
 from bags_d2.data.lvis_v1 import lvis_v1_counts
-from bags_d2.engine.feature_cache import roi_features
+from bags_d2.fitting.extract import roi_features
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (480, 640)

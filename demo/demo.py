@@ -6,21 +6,28 @@ OUTPUT_DIR, or else what bags_d2's model zoo carries for it.
 """
 
 import argparse
+import contextlib
 import glob
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
 from bags_d2.analysis.drawing import best_instances, draw_instances, side_by_side
+from bags_d2.data.images import read_image
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import require_file, write_atomically
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4"}
 WINDOW = "bags_d2"
 
 
@@ -78,6 +85,7 @@ class Artist:
         for name, predictor in self.predictors.items():
             instances = predictor(image)["instances"].to("cpu")
             best = best_instances(instances, self.top, self.min_score)
+            name = name.encode(errors="replace").decode()  # of a file, so it may be no UTF-8
             title = f"{name}: {len(best)} of {len(instances)} detections"
             pictures.append(
                 draw_instances(
@@ -91,11 +99,14 @@ def image_paths(patterns: list[str]) -> list[Path]:
     """The files that paths, folders and glob patterns stand for."""
     paths = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+        try:
+            path = Path(pattern).expanduser()
+            if path.is_dir():
+                found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            else:
+                found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+        except (OSError, RuntimeError) as error:  # a closed folder; the home of an unknown user
+            raise MissingFileError(f"--input '{pattern}' cannot be read: {error}.") from None
         if not found:
             raise MissingFileError(f"--input '{pattern}' matches no image; correct the path.")
         paths += found
@@ -105,28 +116,37 @@ def image_paths(patterns: list[str]) -> list[Path]:
 def output_paths(inputs: list[Path], output: Path) -> list[Path]:
     """Where the picture of each input goes: into a folder, or one to a file."""
     if len(inputs) == 1 and output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
-        return [output]
-    if output.is_file():
+        outputs = [output]
+    elif output.is_file():
         raise ConfigError(f"--output '{output}' is a file, but there are {len(inputs)} images.")
-    names = [path.name for path in inputs]
+    else:
+        outputs = [output / path.name for path in inputs]
+    names = [path.name for path in outputs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(
             f"--input has several files named '{repeated[0]}', which would overwrite each other in "
             f"'{output}'; draw them in separate runs."
         )
-    return [output / name for name in names]
+    refuse_overwriting(inputs, outputs)
+    return outputs
 
 
-def draw_images(artist: Artist, patterns: list[str], output: Path | None) -> None:
-    inputs = image_paths(patterns)
-    outputs = output_paths(inputs, output) if output else [None] * len(inputs)
+def refuse_overwriting(inputs: list[Path], outputs: list[Path]) -> None:
+    """Raise a ConfigError if an output is one of the inputs, under whatever name."""
+    sources = {(s.st_dev, s.st_ino) for s in (p.stat() for p in inputs if p.exists())}
+    for path in outputs:
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in sources:
+            raise ConfigError(f"--output would overwrite the input '{path}'; name another folder.")
+
+
+def draw_images(artist: Artist, inputs: list[Path], outputs: list[Path | None]) -> None:
     for source, target in zip(tqdm(inputs, disable=len(inputs) == 1), outputs, strict=True):
+        image = read_image(source)
         try:
-            image = read_image(source, format="BGR")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"'{source}' is not a readable image: {error}") from None
-        picture = artist(image)
+            picture = artist(image)
+        except DataError as error:
+            raise DataError(f"'{source}': {error}") from None
         if target is None:
             if not show(picture, wait_ms=0):
                 return
@@ -135,42 +155,90 @@ def draw_images(artist: Artist, patterns: list[str], output: Path | None) -> Non
 
 
 def write_image(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), picture[:, :, ::-1]):
-        raise DataError(f"--output '{path}' could not be written; choose a .png or .jpg file.")
+    try:
+        # Not imwrite, which crashes on names that are not UTF-8.
+        _, data = cv2.imencode(path.suffix.encode("ascii").decode(), picture[:, :, ::-1])
+    except (UnicodeError, cv2.error):
+        raise DataError(
+            f"--output '{path}' is of a format that cannot be written; choose a .png or .jpg file."
+        ) from None
+    with write_atomically(path, "wb") as file:
+        file.write(data)
+
+
+def video_output(source: Path | int, output: Path) -> Path:
+    """The file that a video goes to."""
+    if output.is_dir() or not output.suffix:
+        output = output / (f"{source.stem}.mp4" if isinstance(source, Path) else "webcam.mp4")
+    if output.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ConfigError(f"--output '{output}' is no video; name an .mp4 file.")
+    if isinstance(source, Path):
+        refuse_overwriting([source], [output])
+    return output
+
+
+@contextlib.contextmanager
+def opened_video(source: Path | int) -> Iterator[cv2.VideoCapture]:
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(source, Path):
+            # By a name of ASCII: OpenCV crashes on names that are not UTF-8.
+            link = Path(folder) / "video"
+            link.symlink_to(source.absolute())
+        video = cv2.VideoCapture(str(link) if isinstance(source, Path) else source)
+        try:
+            if not video.isOpened():
+                raise DataError(f"'{source}' cannot be opened as a video.")
+            yield video
+        finally:
+            video.release()
 
 
 def draw_video(artist: Artist, source: Path | int, output: Path | None) -> None:
-    if isinstance(source, Path) and not source.is_file():
-        raise MissingFileError(f"--video-input '{source}' does not exist.")
-    video = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-    if not video.isOpened():
-        raise DataError(f"'{source}' cannot be opened as a video.")
-    if output and (output.is_dir() or not output.suffix):
-        output = output / (f"{source.stem}.mp4" if isinstance(source, Path) else "webcam.mp4")
-    rate = video.get(cv2.CAP_PROP_FPS) or 30.0
-    total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if isinstance(source, Path) else None
-    writer = None
-    try:
+    with opened_video(source) as video, contextlib.ExitStack() as stack:
+        rate = video.get(cv2.CAP_PROP_FPS) or 30.0
+        total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if isinstance(source, Path) else None
+        write = stack.enter_context(video_writer(output, rate)) if output else None
+        # Ctrl-C is the way to end a webcam's video.
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         for frame in tqdm(frames(video), total=total, unit="frame"):
             picture = artist(frame)
-            if output is None:
-                if not show(picture, wait_ms=1):
-                    break
-                continue
+            if write:
+                write(picture)
+            elif not show(picture, wait_ms=1):
+                break
+
+
+@contextlib.contextmanager
+def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends a picture to a video, which has its name once it is whole."""
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        partial = Path(folder) / f"video{path.suffix}"
+        writer = cv2.VideoWriter()
+
+        def write(picture: np.ndarray) -> None:
+            nonlocal count
             # Codecs want even sides.
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
-            if writer is None:
-                output.parent.mkdir(parents=True, exist_ok=True)
+            if count == 0:
                 codec = cv2.VideoWriter.fourcc(*"mp4v")
-                writer = cv2.VideoWriter(str(output), codec, rate, picture.shape[1::-1])
+                writer.open(str(partial), codec, rate, picture.shape[1::-1])
                 if not writer.isOpened():
-                    raise DataError(f"--output '{output}' cannot be written; name an .mp4 file.")
+                    raise DataError(f"--output '{path}' cannot be written; name an .mp4 file.")
             writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
-    finally:
-        video.release()
-        if writer is not None:
+            count += 1
+
+        try:
+            yield write
+        finally:
             writer.release()
+        if count == 0:
+            raise DataError(f"--output '{path}' is not written, as the video has no frame.")
+        # OpenCV says nothing of a full disk, and leaves what cannot be opened.
+        if not cv2.VideoCapture(str(partial)).isOpened():
+            raise DataError(f"'{path}' could not be written; free some space in '{folder}'.")
+        with open(partial, "rb") as source, write_atomically(path, "wb") as file:
+            shutil.copyfileobj(source, file)
 
 
 def frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
@@ -188,15 +256,32 @@ def show(picture: np.ndarray, wait_ms: int) -> bool:
     return cv2.waitKey(wait_ms) != 27
 
 
+def require_display() -> None:
+    """Raise a ConfigError if no window can be opened."""
+    # Tried in another process, since Qt aborts the one that has no display.
+    code = f"import cv2; cv2.namedWindow('{WINDOW}')"
+    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+        raise ConfigError("There is no display to show pictures on; add --output to save them.")
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     for name in ("fvcore", "bags_d2"):
         setup_logger(name=name)
+    # What costs nothing to find out goes before the models.
+    if args.input:
+        inputs = image_paths(args.input)
+        outputs = output_paths(inputs, args.output) if args.output else [None] * len(inputs)
+    else:
+        source = 0 if args.webcam else Path(require_file(args.video_input))
+        output = video_output(source, args.output) if args.output else None
+    if not args.output:
+        require_display()
     artist = Artist(args)
     if args.input:
-        draw_images(artist, args.input, args.output)
+        draw_images(artist, inputs, outputs)
     else:
-        draw_video(artist, 0 if args.webcam else args.video_input, args.output)
+        draw_video(artist, source, output)
 
 
 if __name__ == "__main__":

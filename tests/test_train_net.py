@@ -16,6 +16,7 @@ import train_net
 from bags_d2 import BAGSTrainer, ConfigError
 from bags_d2.data import register_lvis_format
 from bags_d2.engine import setup_cfg
+from bags_d2.utils.files import FolderInUseError, lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -249,3 +250,17 @@ def test_a_mistake_ends_in_one_sentence(options, expected, tmp_path):
     assert "Traceback" not in done.stderr
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert all(part in message for part in expected), message
+
+
+def test_two_trainings_in_one_folder(trained_bags, tiny):
+    options = (*tiny, *BAGS, "OUTPUT_DIR", str(trained_bags))
+    evaluate = (*options, "MODEL.WEIGHTS", f"{trained_bags}/model_final.pth")
+    with lock_folder(trained_bags):
+        holder = rf"trained' is in use by process {os.getpid()} "
+        with pytest.raises(FolderInUseError, match=holder):
+            run(*options, flags=["--resume"])
+        # The checkpoints of a training may be evaluated while it goes on, by one process.
+        assert run(*evaluate, flags=["--eval-only"])
+        inference = lock_folder(trained_bags / "inference")
+        with inference, pytest.raises(FolderInUseError, match=r"inference' is in use"):
+            run(*evaluate, flags=["--eval-only"])

@@ -5,6 +5,8 @@ Interrupted or extended (more methods, more seeds), the same command goes on whe
 """
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 from bags_d2 import ConfigError
@@ -12,6 +14,7 @@ from bags_d2.analysis.comparison import write_report
 from bags_d2.engine.comparison import BASELINE, Comparison
 from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import lock_folder
 
 
 def main() -> None:
@@ -26,25 +29,42 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", default=[], help="config keys and values for all runs")
     args = parser.parse_args()
 
+    sys.stdout.reconfigure(errors="replace")  # the table has a ±, which ASCII lacks
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds must be 1 or more, found {args.seeds}.")
     comparison = Comparison(args.config_file, args.output, args.opts, args.num_gpus)
+    methods = chosen_methods(comparison, args.methods)
+    # A report needs no data, and may be made beside a comparison at work.
+    with contextlib.nullcontext() if args.report_only else lock_folder(args.output):
+        if not args.report_only:
+            comparison.require_data()
+        runs = [comparison.run(m, seed) for seed in range(1, args.seeds + 1) for m in methods]
+        for i, run in enumerate([] if args.report_only else runs, 1):
+            is_complete = run.is_complete
+            state = "complete" if is_complete else run.kind.value
+            if is_complete and not run.is_recorded:
+                state += ", of data and a detector that were not recorded"
+            print(f"[{i}/{len(runs)}] {run.method}, seed {run.seed}: {state}", flush=True)
+            if not is_complete:
+                comparison.make(run, run_logged)
+        complete = [run for run in runs if run.is_complete]
+        if not complete:
+            raise ConfigError(f"No run in '{args.output}' is complete yet.")
+        title = f"Methods on {args.config_file.stem.replace(BASELINE, '').strip('_')}"
+        print(f"\n{write_report(complete, args.output, title, args.task)}\nin {args.output}")
+
+
+def chosen_methods(comparison: Comparison, names: str | None) -> list[str]:
+    """The baseline, which goes first as others start from it, and the methods that were named."""
     known = comparison.methods()
-    methods = args.methods.split(",") if args.methods else known
-    unknown = sorted(set(methods) - set(known))
-    if unknown:
-        raise ConfigError(f"--methods: no config for {unknown}; there are {', '.join(known)}.")
-    # The baseline goes first: others start from it.
-    methods = [BASELINE, *(m for m in methods if m != BASELINE)]
-    runs = [comparison.run(m, seed) for seed in range(1, args.seeds + 1) for m in methods]
-    for i, run in enumerate([] if args.report_only else runs, 1):
-        state = "complete" if run.is_complete else run.kind.value
-        print(f"[{i}/{len(runs)}] {run.method}, seed {run.seed}: {state}", flush=True)
-        if not run.is_complete:
-            comparison.make(run, run_logged)
-    complete = [run for run in runs if run.is_complete]
-    if not complete:
-        raise ConfigError(f"No run in '{args.output}' is complete yet.")
-    title = f"Methods on {args.config_file.stem.replace(BASELINE, '').strip('_')}"
-    print(f"\n{write_report(complete, args.output, title, args.task)}\nin {args.output}")
+    chosen = known if names is None else [n.strip() for n in names.split(",") if n.strip()]
+    unknown = sorted(set(chosen) - set(known))
+    if unknown or not chosen:
+        raise ConfigError(
+            f"--methods: {f'no config for {unknown}' if unknown else 'none named'}; there are "
+            f"{', '.join(known)}."
+        )
+    return list(dict.fromkeys([BASELINE, *chosen]))
 
 
 if __name__ == "__main__":

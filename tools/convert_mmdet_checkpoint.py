@@ -2,6 +2,7 @@
 """Convert a checkpoint of the BAGS authors (mmdetection 1.x); see docs/mmdet_checkpoints.md."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from bags_d2.engine import LongTailCheckpointer, setup_cfg
 from bags_d2.engine.checkpoint_file import read_checkpoint, read_tensor
 from bags_d2.engine.mmdet_checkpoint import GroupLayout, convert_state_dict
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import write_atomically
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,10 +59,10 @@ def main() -> None:
     layout = group_layout(args, cfg) if is_grouped else None
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     weights, left_out = convert_state_dict(checkpoint["state_dict"], num_classes, layout)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(f"{args.output.name}.tmp.pth")
+    partial = args.output.with_name(f".{args.output.name}.{os.getpid()}.pth")
     classes = ClassRecord.of_training_set(cfg).for_checkpoint()
-    torch.save({"model": weights, **classes, "__author__": "BAGS, converted"}, partial)
+    with write_atomically(partial, "wb") as file:
+        torch.save({"model": weights, **classes, "__author__": "BAGS, converted"}, file)
     try:
         # Whatever does not fit the model of the config is an error here, not at evaluation.
         LongTailCheckpointer(build_model(cfg), evaluating=True).load(str(partial))

@@ -11,9 +11,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2.engine import check_files, launch, setup_cfg
-from bags_d2.engine.feature_cache import extract_features
-from bags_d2.engine.fitting import fit_classifier
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.fitting.extract import extract_features
+from bags_d2.fitting.train import fit_classifier
 
 
 def argument_parser():

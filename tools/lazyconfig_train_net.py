@@ -5,6 +5,7 @@ The configs run with Detectron2's own script too. This one adds what its checkpo
 know: which new weights are intended, and which would be a mistake.
 """
 
+import contextlib
 import weakref
 
 from detectron2.config import LazyConfig, instantiate
@@ -14,7 +15,6 @@ from detectron2.engine import (
     create_ddp_model,
     default_argument_parser,
     default_setup,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -24,6 +24,8 @@ from detectron2.utils.logger import setup_logger
 from bags_d2 import ConfigError, MissingFileError
 from bags_d2.engine import LongTailCheckpointer, launch
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.events import default_writers
+from bags_d2.utils.files import lock_folder
 
 
 def test(cfg, model):
@@ -77,6 +79,13 @@ def load(args):
 
 def main(args):
     cfg = load(args)
+    # A checkpoint may be evaluated while the training goes on.
+    is_locked = comm.is_main_process() and not args.eval_only
+    with lock_folder(cfg.train.output_dir) if is_locked else contextlib.nullcontext():
+        return run(cfg, args)
+
+
+def run(cfg, args):
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="bags_d2")
     if not args.eval_only:

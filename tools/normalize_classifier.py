@@ -8,10 +8,12 @@ import torch
 
 from bags_d2 import ConfigError
 from bags_d2.data.class_counts import training_class_counts
+from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_model_weights
+from bags_d2.engine.checkpoint_file import read_checkpoint, read_model_weights
 from bags_d2.engine.tau_norm import tau_normalize
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import write_atomically
 
 
 def main() -> None:
@@ -29,8 +31,10 @@ def main() -> None:
             raise ConfigError("--max-count needs --config-file, whose training set is counted.")
         classes = training_class_counts(setup_cfg(args), by="instances") < args.max_count
     weights = read_model_weights(args.input)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": tau_normalize(weights, args.tau, classes)}, args.output)
+    record = ClassRecord.of_checkpoint(read_checkpoint(args.input)).for_checkpoint()
+    normalized = {"model": tau_normalize(weights, args.tau, classes), **record}
+    with write_atomically(args.output, "wb") as file:
+        torch.save(normalized, file)
     print(f"'{args.output}' is '{args.input}' with tau {args.tau}.")
 
 

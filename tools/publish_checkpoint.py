@@ -10,6 +10,7 @@ from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
 from bags_d2.engine.checkpoint_file import read_checkpoint
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import write_atomically
 
 
 def main() -> None:
@@ -25,13 +26,13 @@ def main() -> None:
     classes = ClassRecord.of_checkpoint(checkpoint)
     if classes == ClassRecord() and args.config_file:
         classes = ClassRecord.of_training_set(setup_cfg(args))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     published = {
         "model": checkpoint["model"],
         **classes.for_checkpoint(),
         "__author__": "bags_d2",
     }
-    torch.save(published, args.output)
+    with write_atomically(args.output, "wb") as file:
+        torch.save(published, file)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 

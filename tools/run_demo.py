@@ -15,13 +15,16 @@ from bags_d2.analysis.demo import report_demo
 from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import lock_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGE_2 = {"softmax_retrained": "glyphs_softmax_retrained", "bags": "glyphs_bags"}
 
 
 def run(script: str, config: str, output_dir: Path, *options: str) -> float:
     """Run a script with a config, show its progress, and return the seconds that it took."""
-    command = [sys.executable, script, "--config-file", f"configs/{config}.yaml", *options]
+    config_file = str(ROOT / "configs" / f"{config}.yaml")
+    command = [sys.executable, str(ROOT / script), "--config-file", config_file, *options]
     command += ["OUTPUT_DIR", str(output_dir)]
     print(f"\n$ {' '.join(command[1:])}", flush=True)
     return run_logged(command, output_dir / "console.txt")
@@ -39,11 +42,19 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    sys.stdout.reconfigure(errors="replace")
+    with lock_folder(args.output):
+        run_demo(args)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    # Stale as soon as a run of this demo writes.
+    (args.output / "results.json").unlink(missing_ok=True)
     start = time.perf_counter()
     build_glyphs("glyphs", os.environ.get("DETECTRON2_DATASETS", "datasets"))
     seconds = {"dataset": time.perf_counter() - start}
 
-    weights = Path("checkpoints/glyphs_baseline/model_final.pth")
+    weights = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
     seed = ("SEED", str(args.seed))
     if args.from_scratch:
         # --resume: an interrupted training goes on where it stopped.

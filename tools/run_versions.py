@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from bags_d2.utils.files import write_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = ("torch==2.4.0", "torchvision==0.19.0", "numpy<2.3")
 
@@ -52,9 +54,10 @@ def main() -> None:
             if found
             else [python, "-", "not installed here"]
         )
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(tabulate(rows, ("Python", "torch", "tests"), "github") + "\n")
-    print(args.output.read_text())
+        table = tabulate(rows, ("Python", "torch", "tests"), "github")
+        with write_atomically(args.output) as file:
+            file.write(f"{table}\n")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import bags_d2.config
+from bags_d2.utils.files import write_atomically
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -58,7 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=DEFAULT)
     args = parser.parse_args()
-    args.output.write_text(render(inspect.getsource(bags_d2.config)))
+    with write_atomically(args.output) as file:
+        file.write(render(inspect.getsource(bags_d2.config)))
     print(args.output)
 
 

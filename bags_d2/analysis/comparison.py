@@ -1,7 +1,6 @@
 """The table and the chart of a comparison of methods, from the files that its runs wrote."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..engine.comparison import BASELINE, Run
+from ..errors import ConfigError, DataError
+from ..utils.files import write_atomically, write_json
 from .plots import plot_methods
 
 __all__ = ["MEASURES", "summarize", "write_report"]
@@ -29,12 +30,15 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
         for each measure {"mean", "std"} in percent; std is None for one seed. ``gain`` likewise is
         that of bAP over the baseline, seed by seed, where the baseline is among the runs: runs of a
         seed start from the same detector, so it varies less than they do.
+
+    Raises:
+        ConfigError: if a run was not evaluated for the task.
     """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
     metrics_of = {
-        method: {run.seed: run.results()[task] for run in of_method}
+        method: {run.seed: _measures(run, task) for run in of_method}
         for method, of_method in by_method.items()
     }
     baseline = metrics_of.get(BASELINE, {})
@@ -96,17 +100,30 @@ def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbo
         "starts from the baseline, without that."
     )
     text = f"# {title}\n\n{table}\n\n{note}\n"
-    (output / "comparison.md").write_text(text)
-    (output / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
-    with open(output / "comparison.csv", "w", newline="") as file:
+    with write_atomically(output / "comparison.md") as file:
+        file.write(text)
+    write_json(output / "comparison.json", rows)
+    with write_atomically(output / "comparison.csv") as file:
         writer = csv.writer(file)
         writer.writerow(("method", "trained", "seed", *MEASURES, "seconds"))
         for run in sorted(runs, key=lambda r: (r.method, r.seed)):
-            metrics = run.results()[task]
-            values = (metrics.get(name) for name in MEASURES)
+            values = map(_measures(run, task).get, MEASURES)
             writer.writerow((run.method, run.trained, run.seed, *values, run.seconds))
     plot_methods(rows, output / "comparison.png", title, f"{kind} AP (%)")
     return text
+
+
+def _measures(run: Run, task: str) -> dict[str, float | None]:
+    results = run.results()
+    measures = results.get(task)
+    if not isinstance(measures, dict):
+        raise ConfigError(
+            f"'{run.results_file}' has no measures of --task {task}, only {', '.join(results)}; "
+            "set MODEL.MASK_ON for masks, and one data set in DATASETS.TEST."
+        )
+    if not all(isinstance(measures.get(name), int | float | None) for name in MEASURES):
+        raise DataError(f"'{run.results_file}' must hold numbers; delete it, and compare again.")
+    return measures
 
 
 def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:

@@ -1,6 +1,5 @@
 """The demo's table, charts and pictures, from the files that its runs wrote."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from tabulate import tabulate
 
 from ..data.class_counts import count_classes
 from ..engine.checkpoint_file import read_model_weights
+from ..utils.files import load_json, write_json
 from .classifier import class_weight_norms
 from .detections import draw_comparison
 from .plots import plot_ap_bins, plot_weight_norms
@@ -36,9 +36,9 @@ def report_demo(output: Path, softmax_weights: Path, seconds: Mapping[str, float
     Returns:
         The table as text.
     """
-    metrics = {name: _read(output / name / "inference" / "results.json") for name in _LABELS}
+    metrics = {name: load_json(output / name / "inference" / "results.json") for name in _LABELS}
     record = {**metrics, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
-    (output / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output / "results.json", record)
 
     box = {_LABELS[name]: result["bbox"] for name, result in metrics.items()}
     plot_ap_bins(box, output / "ap_per_bin.png", title="Box AP by training frequency (glyphs)")
@@ -75,7 +75,7 @@ def _draw_pictures(output: Path, count: int = 4) -> None:
     """Draw the validation pictures with the most objects of rare classes."""
     records = DatasetCatalog.get(_VAL)
     metadata = MetadataCatalog.get(_VAL)
-    ground_truth = _read(Path(metadata.json_file))
+    ground_truth = load_json(metadata.json_file)
     rare = frozenset(c["id"] for c in ground_truth["categories"] if c["frequency"] == "r")
     # The second word of "the character Б (U+0411)".
     characters = {c["id"]: c["def"].split()[2] for c in ground_truth["categories"]}
@@ -89,7 +89,7 @@ def _draw_pictures(output: Path, count: int = 4) -> None:
         annotations,
         {
             label: _by_image(
-                _read(output / name / "inference" / _VAL / "lvis_instances_results.json")
+                load_json(output / name / "inference" / _VAL / "lvis_instances_results.json")
             )
             for name, label in _LABELS.items()
         },
@@ -104,7 +104,3 @@ def _by_image(rows: list[dict]) -> dict[int, list[dict]]:
     for row in rows:
         grouped[row["image_id"]].append(row)
     return grouped
-
-
-def _read(path: Path):
-    return json.loads(path.read_text())

@@ -17,12 +17,11 @@ from torch.utils.data import Dataset, Sampler
 from ..errors import DataError, MissingFileError
 from ..seeding import isolated_generators, step_seed
 from .build import training_records
+from .images import check_image
 from .samplers import EpochOrder, EpochSampler, epoch_order
 
 __all__ = ["NamingDatasetMapper", "ResumableSampler", "build_resumable_loader"]
 
-# Pillow's conversion to 8 bits clips these to white without a word.
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _SEED_KEY = "sample_seed"
 
 
@@ -40,7 +39,7 @@ class NamingDatasetMapper(DatasetMapper):
         seed = dataset_dict.pop(_SEED_KEY, None)
         path = dataset_dict["file_name"]
         try:
-            _check_depth(path)
+            check_image(path)
             if seed is None:
                 return super().__call__(dataset_dict)
             with isolated_generators(seed):
@@ -189,14 +188,3 @@ def _transposed(stream: Iterator, rows: int, columns: int) -> Iterator:
     while block := list(itertools.islice(stream, rows * columns)):
         for column in range(columns):
             yield from block[column::columns]
-
-
-def _check_depth(path: str) -> None:
-    # Only the header is read, and of formats that can be so deep.
-    if path.lower().endswith((".png", ".tif", ".tiff", ".pgm")):
-        with Image.open(path) as image:
-            mode = image.mode
-        if mode in _DEEP_MODES:
-            raise DataError(
-                f"Image '{path}' has more than 8 bits a channel (mode {mode}); convert it to 8."
-            )

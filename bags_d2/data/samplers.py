@@ -1,7 +1,7 @@
 """In which order a training run takes its images: samplers for long-tailed data.
 
 An epoch's order is a function of a random generator alone, so that training from images and from
-cached features (``engine/fitting.py``) can take the same one.
+cached features (``fitting/train.py``) can take the same one.
 """
 
 import functools

@@ -1,8 +1,6 @@
 """Trainer, checkpointing and the choice of what trains."""
 
 from .checkpoint import LongTailCheckpointer
-from .feature_cache import FeatureCache, extract_features
-from .fitting import fit_classifier
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
 from .setup import check_files, log_changed_settings, setup_cfg
@@ -11,12 +9,9 @@ from .trainer import BAGSTrainer
 
 __all__ = [
     "BAGSTrainer",
-    "FeatureCache",
     "LongTailCheckpointer",
     "LongTailPredictor",
     "check_files",
-    "extract_features",
-    "fit_classifier",
     "launch",
     "log_changed_settings",
     "process_count",

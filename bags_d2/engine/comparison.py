@@ -6,7 +6,7 @@ replaced: ``glyphs_bags.yaml`` beside ``glyphs_baseline.yaml``, ``lvis_seesaw_R5
 between methods can be taken seed by seed. Layout of a comparison's folder::
 
     features/seed1/                box features of the baseline's detector, for all classifiers
-    bags/seed1/settings.json       what the run is of, written before it starts
+    bags/seed1/settings.json       what the run is of, data included, written before it starts
                model_final.pth
                seconds.json        how long the model took
                inference/results.json
@@ -15,20 +15,29 @@ between methods can be taken seed by seed. Layout of a comparison's folder::
 import argparse
 import dataclasses
 import enum
-import json
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..errors import ConfigError
-from .feature_cache import first_difference, select_config
+from ..data.datasets import missing_dataset_message
+from ..errors import ConfigError, DataError, MissingFileError
+from ..utils.files import content_hash, load_json, write_json
+from ..utils.settings import first_difference, select_config
 from .setup import setup_cfg
 
 __all__ = ["BASELINE", "Comparison", "Kind", "Run"]
 
 BASELINE = "baseline"
+
+# Of the source tree, which alone has the scripts.
+_ROOT = Path(__file__).resolve().parents[2]
+_FINAL = "model_final.pth"
+_START = "initial checkpoint"
 
 # Classifier transforms of the baseline's checkpoint, which need no config of their own: arguments
 # of tools/normalize_classifier.py.
@@ -69,6 +78,7 @@ class Run:
         kind: how its model comes about.
         trained: which parameters train, in a word.
         from_detector: whether it starts from the baseline of its seed.
+        weights: what it starts from: a file, a URL, or "".
         folder: its files.
     """
 
@@ -79,47 +89,78 @@ class Run:
     kind: Kind
     trained: str
     from_detector: bool
+    weights: str
     folder: Path
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "model_final.pth"
+        return self.folder / _FINAL
 
     @property
     def results_file(self) -> Path:
         return self.folder / "inference" / "results.json"
+
+    def record(self) -> dict[str, str]:
+        """What settings.json says: the settings, and which weights the run starts from."""
+        if os.path.isfile(self.weights):
+            return self.settings | {_START: content_hash(self.weights)[:16]}
+        # A detector that is not there, or no longer, has no content to compare.
+        return self.settings if self.from_detector else self.settings | {_START: self.weights}
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether data and detector were recorded, as versions before 0.5 did not."""
+        path = self.folder / "settings.json"
+        return path.is_file() and _START in _load(path, dict)
 
     @property
     def is_complete(self) -> bool:
         """Whether it has been evaluated.
 
         Raises:
-            ConfigError: if the folder holds a run of the same name with other settings.
+            ConfigError: if the folder holds a run of the same name with other settings, of other
+                data, or from another detector.
         """
         path = self.folder / "settings.json"
         if path.is_file():
-            found = json.loads(path.read_text())
-            # Keys that came with a later version had their defaults in effect.
-            common = found.keys() & self.settings.keys()
+            found, wanted = _load(path, dict), self.record()
+            # Keys that came with a later version had their defaults in effect; of data that were
+            # not recorded nothing is known.
+            common = found.keys() & wanted.keys()
             difference = first_difference(
-                {key: found[key] for key in common}, {key: self.settings[key] for key in common}
+                {key: found[key] for key in common}, {key: wanted[key] for key in common}
             )
             if difference:
                 raise ConfigError(
                     f"'{self.folder}' holds a run with other settings: {difference}; delete it or "
                     "name another folder with --output."
                 )
-        return self.results_file.is_file()
+        try:
+            return bool(self.results())
+        except (MissingFileError, DataError):  # cut short
+            return False
 
     @property
     def seconds(self) -> float | None:
         """How long the model took to make, evaluation left out; None if it was not timed."""
+        durations = self.durations()
+        return sum(durations) if durations else None
+
+    def durations(self) -> list[float]:
+        """Seconds of each attempt that came to its end."""
         path = self.folder / "seconds.json"
-        return sum(json.loads(path.read_text())) if path.is_file() else None
+        durations = _load(path, list) if path.is_file() else []
+        if not all(isinstance(seconds, int | float) for seconds in durations):
+            raise DataError(f"'{path}' must hold seconds; delete it.")
+        return durations
 
     def results(self) -> dict:
-        """Metrics in percent by task."""
-        return json.loads(self.results_file.read_text())
+        """Metrics in percent by task.
+
+        Raises:
+            MissingFileError, DataError: if there are none.
+        """
+        return _load(self.results_file, dict)
 
 
 class Comparison:
@@ -148,6 +189,16 @@ class Comparison:
         self.opts = tuple(opts)
         self.num_gpus = num_gpus
         self._base = self._read(baseline)
+        self._data: dict[str, str] = {}
+
+    def require_data(self) -> None:
+        """From now on, runs are those of the data sets as they are, and no others.
+
+        Raises:
+            ConfigError: if a data set is not registered.
+            MissingFileError: if its annotations do not exist.
+        """
+        self._data = _data_record((*self._base.DATASETS.TRAIN, *self._base.DATASETS.TEST))
 
     def methods(self) -> list[str]:
         """All methods with a config of the same detector and data beside the baseline's."""
@@ -168,15 +219,20 @@ class Comparison:
 
         Raises:
             MissingFileError: if the method has no config.
-            ConfigError: if that is faulty.
+            ConfigError: if that is faulty, or trains no baseline.
         """
         transform = method in TRANSFORMS
         name = self.baseline.name.replace(BASELINE, BASELINE if transform else method, 1)
         cfg = self._read(self.baseline.parent / name)
-        settings = select_config(cfg, ("*",), ("SEED", *_INDIFFERENT))
+        settings = select_config(cfg, ("*",), ("SEED", *_INDIFFERENT)) | self._data
         if transform:
             settings["transform"] = " ".join(TRANSFORMS[method])
         kind = Kind.TRANSFORM if transform else _kind_of(cfg)
+        from_detector = transform or cfg.MODEL.WEIGHTS != self._base.MODEL.WEIGHTS
+        if kind is Kind.EVALUATE and not from_detector:
+            raise ConfigError(
+                f"'{method}' has no model, as SOLVER.MAX_ITER is 0; set it to 1 or more."
+            )
         return Run(
             method=method,
             seed=seed,
@@ -184,13 +240,14 @@ class Comparison:
             settings=settings,
             kind=kind,
             trained=_trained(cfg, kind),
-            from_detector=transform or cfg.MODEL.WEIGHTS != self._base.MODEL.WEIGHTS,
-            folder=self.output / method / f"seed{seed}",
+            from_detector=from_detector,
+            weights=str(self.detector(seed)) if from_detector else cfg.MODEL.WEIGHTS,
+            folder=self._folder(method, seed),
         )
 
     def detector(self, seed: int) -> Path:
         """Checkpoint of the baseline of a seed."""
-        return self.run(BASELINE, seed).checkpoint
+        return self._folder(BASELINE, seed) / _FINAL
 
     def make(self, run: Run, execute: Callable[[list[str], Path], float]) -> None:
         """Train or fit what a run lacks, and evaluate it. An interrupted run goes on.
@@ -199,19 +256,17 @@ class Comparison:
             run: the run; that of the baseline with its seed must be complete if it starts there.
             execute: runs a command, logs to a file, and returns the seconds that it took.
         """
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "settings.json").write_text(json.dumps(run.settings, indent=2) + "\n")
+        write_json(run.folder / "settings.json", run.record())
         making, evaluating = self.commands(run)
         log = run.folder / "console.txt"
         if making:
-            durations = run.folder / "seconds.json"
-            before = json.loads(durations.read_text()) if durations.is_file() else []
-            durations.write_text(json.dumps([*before, round(execute(making, log), 1)]))
+            before = run.durations()
+            write_json(run.folder / "seconds.json", [*before, round(execute(making, log), 1)])
         execute(evaluating, log)
 
     def commands(self, run: Run) -> tuple[list[str] | None, list[str]]:
         """The commands that make the model of a run, if it has one of its own, and evaluate it."""
-        detector = str(self.detector(run.seed)) if run.from_detector else None
+        detector = run.weights if run.from_detector else None
         common = ["--config-file", str(run.config_file), "--num-gpus", str(self.num_gpus)]
         opts = [*self.opts, "SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)]
         start = ["MODEL.WEIGHTS", detector] if detector else []
@@ -233,6 +288,9 @@ class Comparison:
         weights = run.checkpoint if make else detector
         evaluate = [*_script("train_net.py"), *common, "--eval-only", *opts]
         return make, [*evaluate, "MODEL.WEIGHTS", str(weights)]
+
+    def _folder(self, method: str, seed: int) -> Path:
+        return self.output / method / f"seed{seed}"
 
     def _read(self, path: Path) -> CfgNode:
         return setup_cfg(argparse.Namespace(config_file=str(path), opts=list(self.opts)))
@@ -258,4 +316,32 @@ def _trained(cfg: CfgNode, kind: Kind) -> str:
 
 
 def _script(name: str) -> list[str]:
-    return [sys.executable, name]
+    return [sys.executable, str(_ROOT / name)]
+
+
+def _load(path: Path, kind: type):
+    content = load_json(path)
+    if not isinstance(content, kind):
+        raise DataError(f"'{path}' is damaged; delete the run's folder, and make it again.")
+    return content
+
+
+def _data_record(names: Sequence[str]) -> dict[str, str]:
+    """What tells data sets from edited ones: their annotations, and size and time of each image."""
+    record = {}
+    for name in names:
+        if name not in DatasetCatalog:
+            raise ConfigError(f"Data set '{name}' (DATASETS) is not registered (docs/datasets.md).")
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("json_file"):
+            if not os.path.isfile(metadata.json_file):
+                raise MissingFileError(missing_dataset_message(name, metadata.json_file))
+            record[f"annotation file of {name}"] = content_hash(metadata.json_file)[:16]
+        digest, root = hashlib.sha256(), metadata.get("image_root")
+        for path in sorted(r["file_name"] for r in DatasetCatalog.get(name)):
+            found = os.stat(path) if os.path.isfile(path) else None
+            version = (found.st_size, found.st_mtime_ns) if found else None
+            shown = os.path.relpath(path, root) if root else path
+            digest.update(os.fsencode(f"{shown}\0{version}\n"))
+        record[f"set of images of {name}"] = digest.hexdigest()[:16]
+    return record

@@ -1,9 +1,11 @@
 """Run a script as a user would, with its whole output in a file and its progress on the screen."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BagsError
@@ -18,7 +20,7 @@ class ProcessError(BagsError):
 
 
 def run_logged(command: Sequence[str], log: Path) -> float:
-    """Run a command to its end.
+    """Run a command to its end; it ends with this process, however that ends.
 
     Args:
         command: program and arguments.
@@ -33,21 +35,44 @@ def run_logged(command: Sequence[str], log: Path) -> float:
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     last = ""
-    with open(log, "a") as file:
-        process = subprocess.Popen(
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="backslashreplace",
             # Small layers gain nothing from a second thread, and two threads that wait for each
             # other on busy cores lose tenfold.
             env={"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "5", **os.environ},
-        )
-        for line in process.stdout:
-            file.write(line)
-            last = line.strip() or last
-            if any(mark in line for mark in _PROGRESS):
-                print(line.rstrip()[:160], flush=True)
-    if process.wait():
+            preexec_fn=_end_with_parent(),
+        ) as process,
+    ):
+        try:
+            for line in process.stdout:
+                file.write(line)
+                last = line.strip() or last
+                if any(mark in line for mark in _PROGRESS):
+                    print(line.rstrip()[:160], flush=True)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
         raise ProcessError(f"'{' '.join(command[:4])} ...' failed: {last} (all of it is in {log}).")
     return time.perf_counter() - start
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """For a child to call: Linux is to kill it when this process ends; elsewhere, None."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return None
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # ended before it was asked
+            os._exit(1)
+
+    return ask

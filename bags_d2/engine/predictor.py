@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -13,7 +14,7 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..data.class_record import ClassRecord
-from ..errors import ConfigError, MissingFileError
+from ..errors import ConfigError, DataError, MissingFileError
 from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from .checkpoint import LongTailCheckpointer
@@ -73,6 +74,31 @@ class LongTailPredictor(DefaultPredictor):
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
         self.input_format = cfg.INPUT.FORMAT
+
+    def __call__(self, original_image: np.ndarray) -> dict:
+        """Detect in one image.
+
+        Args:
+            original_image: uint8 array (H, W, 3), BGR, as ``cv2.imread`` gives it.
+
+        Raises:
+            DataError: if it is anything else.
+        """
+        found = original_image
+        is_array = isinstance(found, np.ndarray)
+        if not is_array or found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
+            what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
+            raise DataError(
+                f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
+                "with bags_d2.data.images.read_image."
+            )
+        resize = self.aug.get_transform(found) if found.size else None
+        if not found.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
+            raise DataError(
+                f"An image of {found.shape[1]} x {found.shape[0]} pixels is too narrow for "
+                "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; crop it."
+            )
+        return super().__call__(original_image)
 
     @classmethod
     def from_config_file(

@@ -1,5 +1,6 @@
 """Tau-normalisation of a trained softmax classifier: no training, a transform of its weights."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -32,11 +33,12 @@ def tau_normalize(
         A copy with other classifier weights.
 
     Raises:
-        ConfigError: if tau is negative, or ``classes`` are of another number of classes.
+        ConfigError: if tau is negative or so large that weights overflow, or ``classes`` are of
+            another number of classes.
         DataError: if there is no softmax classifier in the checkpoint.
     """
-    if not tau >= 0:
-        raise ConfigError(f"--tau must be 0 or more, found {tau}.")
+    if not 0 <= tau < math.inf:
+        raise ConfigError(f"--tau must be 0 or more, and finite, found {tau}.")
     names = [name for name in state_dict if _WEIGHT.fullmatch(name)]
     if not names:
         raise DataError("The checkpoint has no 'roi_heads.box_predictor*.cls_score.weight'.")
@@ -56,5 +58,7 @@ def tau_normalize(
             )
         norms = weight[:-1].float().norm(dim=1, keepdim=True).clamp(min=1e-12)
         scaled = (weight[:-1] / norms**tau).to(weight.dtype)
+        if not bool(torch.isfinite(scaled).all()):
+            raise ConfigError(f"'{name}' overflows, or is not finite before, with --tau {tau}.")
         result[name] = torch.cat([torch.where(chosen[:, None], scaled, weight[:-1]), weight[-1:]])
     return result

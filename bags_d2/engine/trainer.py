@@ -1,12 +1,11 @@
 """Detectron2's default trainer, plus what long-tailed training in two stages needs."""
 
-import json
 import logging
-import math
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -23,7 +22,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..data.build import test_records, training_records
@@ -36,6 +35,8 @@ from ..modeling.class_counts import ClassCounts
 from ..modeling.groups import ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..seeding import seed_generators, step_seed
+from ..utils.events import default_writers
+from ..utils.files import write_json
 from .checkpoint import LongTailCheckpointer
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .frozen import skip_frozen_parts
@@ -149,6 +150,10 @@ class BAGSTrainer(DefaultTrainer):
         seeding = [_SeededSteps(self.cfg)] if self.cfg.SEED >= 0 else []
         return [*seeding, *super().build_hooks()]
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, with ``metrics.json`` in strict JSON."""
+        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
         """Detectron2's loader, resumable, and with the samplers of ``data/samplers.py`` as well.
@@ -248,17 +253,18 @@ class BAGSTrainer(DefaultTrainer):
             Metrics in percent by task, by data set first if there are several.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        results_file = Path(output_folder) / "results.json"
         if evaluators is None:
             names, counts = _classes_of(cfg, model) if cfg.DATASETS.TEST else (None, None)
             evaluators = [
                 cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
                 for name in cfg.DATASETS.TEST
             ]
+        if comm.is_main_process():
+            results_file.unlink(missing_ok=True)  # stale as soon as new detections are written
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
-            PathManager.mkdirs(output_folder)
-            with PathManager.open(os.path.join(output_folder, "results.json"), "w") as file:
-                json.dump(_nan_to_none(results), file, indent=2)
+            write_json(results_file, results)
         return results
 
     @classmethod
@@ -335,10 +341,3 @@ def _classes_of(cfg: CfgNode, model: nn.Module) -> tuple[list[str] | None, torch
             logger.warning("AP per bin of training instances is left out: %s", error)
     names = names if names is not None and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
     return names, None if counts is None else torch.tensor(counts)
-
-
-def _nan_to_none(results):
-    """Measures that nothing defines are null in JSON, which has no NaN."""
-    if isinstance(results, dict):
-        return {key: _nan_to_none(value) for key, value in results.items()}
-    return None if isinstance(results, float) and math.isnan(results) else results

@@ -163,9 +163,11 @@ def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
-        if isinstance(error, OSError) and not isinstance(error, BagsError):
+        # torch.save hides the system's error behind one of its own.
+        system = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(system, OSError) and not isinstance(system, BagsError):
             raise DataError(
-                f"'{path}' could not be written ({error.strerror or error}); free some space or "
+                f"'{path}' could not be written ({system.strerror or system}); free some space or "
                 "correct the path, and run the same command again."
             ) from None
         raise
@@ -227,6 +229,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
         raise DataError(
             f"'{os.fspath(folder)}' cannot be written to ({error.strerror}); name another folder."
         ) from None
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,7 +248,22 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+# A lock ends with the last process that has its file open: a worker process that outlives a killed
+# parent for some seconds would keep it, so forked processes let go at once.
+_held: set[int] = set()
+
+
+def _release_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _umask() -> int:

@@ -1,17 +1,23 @@
 """What runs a comparison of methods consists of, and that it goes on where it stopped."""
 
 import csv
+import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from detectron2.data import MetadataCatalog
 
-from bags_d2 import BagsError, ConfigError, MissingFileError
+from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
 from bags_d2.analysis.comparison import summarize, write_report
 from bags_d2.engine.comparison import BASELINE, Comparison, Kind
 from bags_d2.engine.logged_process import ProcessError, run_logged
+from bags_d2.utils.files import FolderInUseError, lock_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GLYPHS = ROOT / "configs" / "glyphs_baseline.yaml"
@@ -148,11 +154,186 @@ def test_the_report_has_means_over_seeds_and_every_run(comparison, tmp_path):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
-def test_faulty_arguments_are_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize("content", ["", '{"bbox": {"AP": 1', "[]", "{}", "nul"])
+def test_cut_results_are_not_complete(comparison, content):
+    run = comparison.run("bags", 1)
+    comparison.make(run, Machine())
+    run.results_file.write_text(content)
+    assert not run.is_complete
+
+
+def test_damaged_files_are_named(comparison, tmp_path):
+    run = comparison.run("bags", 1)
+    comparison.make(run, Machine())
+    for content in ('["a"]', "{}", "["):
+        (run.folder / "seconds.json").write_text(content)
+        with pytest.raises(DataError, match=r"seconds\.json'"):
+            summarize([run])
+    (run.folder / "seconds.json").unlink()
+    run.results_file.write_text('{"bbox": {"AP": "x"}}')
+    with pytest.raises(DataError, match=r"results\.json' must hold numbers"):
+        summarize([run])
+    with pytest.raises(ConfigError, match=r"no measures of --task segm, only bbox"):
+        write_report([run], tmp_path, "Title", "segm")
+    for content in ("[]", "{"):
+        (run.folder / "settings.json").write_text(content)
+        with pytest.raises(DataError, match=r"settings\.json'"):
+            _ = run.is_complete
+
+
+@pytest.fixture
+def own_data(tmp_path, register):
+    """A comparison on a data set of its own: function that makes it anew, annotations, image."""
+    (tmp_path / "images").mkdir()
+    image = tmp_path / "images" / "1.jpg"
+    image.write_bytes(b"a picture")
+    content = {
+        "categories": [{"id": i, "name": n} for i, n in enumerate("ab", 1)],
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}],
+        "annotations": [],
+    }
+    annotations = tmp_path / "a.json"
+    annotations.write_text(json.dumps(content))
+    files = {"json_file": str(annotations), "image_root": str(tmp_path / "images")}
+    name = register(f"own_{tmp_path.name}", *files.values())
+
+    def make():
+        MetadataCatalog.remove(name)  # as in a new process
+        MetadataCatalog.get(name).set(**files)
+        names = f"('{name}',)"
+        opts = ["DATASETS.TRAIN", names, "DATASETS.TEST", names]
+        comparison = Comparison(GLYPHS, tmp_path / "compare", opts)
+        comparison.require_data()
+        return comparison
+
+    return make, annotations, image
+
+
+def swap_classes(annotations, image):
+    text = annotations.read_text()  # another order of the classes, and the same size
+    annotations.write_text(text.replace('"a"', '"c"').replace('"b"', '"a"').replace('"c"', '"b"'))
+
+
+def touch_image(annotations, image):
+    os.utime(image, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (swap_classes, "annotation file of own_"),
+        (touch_image, "set of images of own_"),
+        (lambda _, image: image.write_bytes(b"another picture"), "set of images of own_"),
+        (lambda _, image: image.unlink(), "set of images of own_"),
+    ],
+)
+def test_runs_of_other_data_are_refused(own_data, edit, words):
+    make, annotations, image = own_data
+    run = make().run(BASELINE, 1)
+    make().make(run, Machine())
+    assert make().run(BASELINE, 1).is_complete
+    edit(annotations, image)
+    with pytest.raises(ConfigError, match=rf"baseline/seed1'.*{words}.*delete it or"):
+        _ = make().run(BASELINE, 1).is_complete
+    assert run.is_complete  # a report needs no data
+
+
+def test_runs_from_another_detector_are_refused(comparison):
+    detector = comparison.detector(1)
+    detector.parent.mkdir(parents=True)
+    detector.write_bytes(b"weights")
+    run = comparison.run("bags", 1)
+    comparison.make(run, Machine())
+    assert run.is_complete
+    assert run.is_recorded
+    detector.write_bytes(b"retrain")  # of the same size
+    with pytest.raises(ConfigError, match=r"bags/seed1'.*initial checkpoint is .* there and"):
+        _ = run.is_complete
+    detector.unlink()  # its results are kept
+    assert run.is_complete
+
+
+def test_runs_of_earlier_versions_are_taken_as_they_are(own_data):
+    run = own_data[0]().run(BASELINE, 1)
+    own_data[0]().make(run, Machine())
+    path = run.folder / "settings.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if " " not in k}))
+    touch_image(*own_data[1:])
+    run = own_data[0]().run(BASELINE, 1)
+    assert run.is_complete
+    assert not run.is_recorded
+
+
+def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="must have 'baseline' in its name"):
         Comparison(ROOT / "configs" / "glyphs_bags.yaml", tmp_path)
     with pytest.raises(MissingFileError, match="glyphs_nothing"):
         Comparison(GLYPHS, tmp_path).run("nothing", 1)
+    with pytest.raises(ConfigError, match=r"SOLVER\.MAX_ITER is 0"):
+        Comparison(GLYPHS, tmp_path, ["SOLVER.MAX_ITER", "0"]).run(BASELINE, 1)
+    with pytest.raises(ConfigError, match=r"'nowhere' .* is not registered"):
+        Comparison(GLYPHS, tmp_path, ["DATASETS.TRAIN", "('nowhere',)"]).require_data()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError, match=r"glyphs_train\.json.*build it with"):
+        Comparison(GLYPHS, tmp_path).require_data()
+    for arguments, message in (
+        (["--methods", ","], "none named; there are baseline, "),
+        (["--methods", ""], "none named; there are baseline, "),
+        (["--methods", "bags,none"], r"no config for \['none'\]; there are baseline, "),
+        (["--seeds", "0"], "--seeds must be 1 or more"),
+        (["--report-only"], "No run in .* is complete"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare(["--output", str(tmp_path / "out"), *arguments], monkeypatch)
+
+
+def compare(arguments, monkeypatch):
+    """tools/compare_methods.py in this process."""
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_methods.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["compare", "--config-file", str(GLYPHS), *arguments])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    tool.main()
+
+
+def test_two_comparisons_in_one_folder(tmp_path, monkeypatch):
+    holder = rf"is in use by process {os.getpid()} "
+    with lock_folder(tmp_path), pytest.raises(FolderInUseError, match=holder):
+        compare(["--output", str(tmp_path)], monkeypatch)
+
+
+def test_a_report_beside_a_comparison_at_work_and_without_unicode(tmp_path, monkeypatch):
+    comparison = Comparison(GLYPHS, tmp_path)
+    for seed in (1, 2):
+        comparison.make(comparison.run(BASELINE, seed), Machine())
+    with lock_folder(tmp_path):
+        compare(["--output", str(tmp_path), "--report-only"], monkeypatch)
+    assert "±" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_command_ends_with_the_process_that_runs_it(tmp_path):
+    child = "import os, time; print(' iter: ', os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from bags_d2.engine.logged_process import run_logged\n"
+        f"run_logged([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline().split()[-1])
+    os.kill(pid, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the command goes on")
 
 
 def test_a_failing_command_is_an_error_with_its_last_words(tmp_path):
@@ -162,7 +343,8 @@ def test_a_failing_command_is_an_error_with_its_last_words(tmp_path):
     assert "first" in (tmp_path / "log.txt").read_text()
 
 
-def test_the_tool_trains_fits_and_evaluates(datasets_root, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_the_tool_trains_fits_and_evaluates_from_any_folder(datasets_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     tiny = ROOT / "tests" / "tiny.yaml"
     (tmp_path / "tiny_baseline.yaml").write_text(f'_BASE_: "{tiny}"\n')
@@ -171,14 +353,15 @@ def test_the_tool_trains_fits_and_evaluates(datasets_root, tmp_path, monkeypatch
         '  ROI_BOX_PREDICTOR:\n    NAME: "BAGSOutputLayers"\n'
         '  TRAINABLE_PARAMS: ("roi_heads.box_predictor*cls_score.*",)\n'
     )
-    command = [sys.executable, "tools/compare_methods.py", "--methods", "bags", "--seeds", "1"]
-    command += ["--config-file", str(tmp_path / "tiny_baseline.yaml"), "--output", str(tmp_path)]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "tools" / "compare_methods.py")]
+    command += ["--methods", "bags", "--seeds", "1"]
+    command += ["--config-file", "tiny_baseline.yaml", "--output", "out"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "[2/2] bags, seed 1: fitting the classifier" in first.stdout
-    assert (tmp_path / "features" / "seed1" / "cache.json").is_file()
-    rows = json.loads((tmp_path / "comparison.json").read_text())
+    assert (tmp_path / "out" / "features" / "seed1" / "cache.json").is_file()
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert {row["method"] for row in rows} == {BASELINE, "bags"}
     assert all(row["AP"]["mean"] is not None and row["seconds"] > 0 for row in rows)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.stdout.count(": complete") == 2

@@ -19,9 +19,12 @@ from detectron2.engine import default_argument_parser
 
 from bags_d2 import BAGSTrainer
 from bags_d2.data.glyphs import build_glyphs
-from bags_d2.engine import extract_features, fit_classifier, setup_cfg
+from bags_d2.engine import setup_cfg
+from bags_d2.fitting import extract_features, fit_classifier
 
 TINY = str(Path(__file__).resolve().parents[1] / "tiny.yaml")
+pytestmark = pytest.mark.slow
+
 KILLS = 6  # of each kind of run; the tests of this file make 26 with the two of building data
 
 

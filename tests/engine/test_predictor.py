@@ -6,7 +6,7 @@ import torch
 from conftest import TINY_COUNTS
 from detectron2.modeling import build_model
 
-from bags_d2 import ConfigError, LongTailPredictor, MissingFileError
+from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import LongTailCheckpointer
 
@@ -114,3 +114,26 @@ def test_a_config_without_a_trained_checkpoint_says_so(monkeypatch, tmp_path):
         LongTailPredictor.from_config_file("lvis_bags_R50.yaml")
     with pytest.raises(MissingFileError, match="is no config"):
         LongTailPredictor.from_config_file("none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (IMAGE.astype(np.uint16), "uint16"),
+        (IMAGE / 255, "float64"),
+        (IMAGE[:, :, 0], r"uint8 \(60, 80\)"),
+        (None, "NoneType"),  # what cv2.imread gives of a missing file
+    ],
+)
+def test_what_is_no_image_of_8_bits_is_refused(make_cfg, image, found):
+    predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
+    with pytest.raises(DataError, match=rf"must be a uint8 array .* found {found}"):
+        predictor(image)
+
+
+@pytest.mark.parametrize("shape", [(1, 9000, 3), (9000, 1, 3), (0, 5, 3)])
+def test_an_image_too_narrow_to_be_resized_is_refused(make_cfg, shape):
+    predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
+    with pytest.raises(DataError, match=rf"{shape[1]} x {shape[0]} pixels is too narrow"):
+        predictor(np.zeros(shape, dtype=np.uint8))
+    assert "instances" in predictor(np.zeros((1, 1, 3), dtype=np.uint8))

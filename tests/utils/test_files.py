@@ -1,9 +1,11 @@
 """Files as data, whole or not there, and locked folders."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -101,6 +103,26 @@ def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
     other.stdout.close()
     with lock_folder(tmp_path):
         pass
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    lock = lock_folder(tmp_path)
+    lock.__enter__()
+    fork = multiprocessing.get_context("fork")
+    ours, its = fork.Pipe()
+
+    def work():
+        its.send("started")
+        time.sleep(60)
+
+    process = fork.Process(target=work)
+    process.start()
+    assert ours.recv() == "started"
+    lock.__exit__(None, None, None)
+    with lock_folder(tmp_path):
+        assert process.is_alive()
+    process.kill()
+    process.join()
 
 
 def _umask():

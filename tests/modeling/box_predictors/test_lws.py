@@ -24,8 +24,8 @@ from detectron2.utils.events import EventStorage
 from torch.func import functional_call
 
 from bags_d2 import BAGSTrainer, add_bags_config
-from bags_d2.engine.feature_cache import extract_features
-from bags_d2.engine.fitting import fit_classifier
+from bags_d2.fitting.extract import extract_features
+from bags_d2.fitting.train import fit_classifier
 from bags_d2.modeling import FastRCNNOutputLayers
 from bags_d2.modeling.box_predictors.lws import LWSOutputLayers
 

@@ -1,8 +1,11 @@
 """Pass 1 of classifier fitting: what is cached, and what becomes of interruptions and mistakes."""
 
+import copy
+import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import DatasetMapper
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
 from detectron2.structures import pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
-from bags_d2.data.datasets import load_lvis_format
-from bags_d2.engine import feature_cache
-from bags_d2.engine.feature_cache import (
-    FeatureCache,
-    extract_features,
-    load_frozen_detector,
-    roi_features,
-)
+from bags_d2.data.build import training_records
+from bags_d2.data.datasets import load_lvis_format, register_lvis_format
+from bags_d2.fitting import extract as pass1
+from bags_d2.fitting.cache import FEATURE_KEYS, FeatureCache, cache_settings
+from bags_d2.fitting.extract import extract_features, load_frozen_detector, roi_features
+from bags_d2.fitting.train import fit_classifier
+from bags_d2.utils.files import FolderInUseError, lock_folder
+from bags_d2.utils.settings import select_config
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
@@ -66,8 +69,9 @@ def make_cfg(root, datasets_root, register, tmp_path):
 
 
 def contents(folder):
-    """Bytes of every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Bytes of every file below a folder, but for its lock."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def kill_at_call(number, module, name):
@@ -87,7 +91,7 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     sampled = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
     extract_features(cfg, tmp_path / "cache", rois_per_image=sampled, images_per_shard=16)
     cache = FeatureCache(tmp_path / "cache")
-    assert cache.num_images == NUM_IMAGES
+    assert cache.settings["num_images"] == NUM_IMAGES
 
     model = load_frozen_detector(cfg)
     predictor = model.roi_heads.box_predictor
@@ -101,12 +105,12 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     predictor.losses = losses
     # The second batch of the second shard, through the whole model.
     keys = [(0, i) for i in range(24, 32)]
-    records = feature_cache.get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
-    images = feature_cache._Images(records, DatasetMapper(cfg, is_train=True))
+    records = training_records(cfg)
+    images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[key] for key in keys]
     # The losses of the RPN would draw from the generator before RoIs are sampled.
-    with EventStorage(), feature_cache.without_rpn_losses(model.proposal_generator):
-        feature_cache.seed_generators(feature_cache._seed("sampling", *keys[0]))
+    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
+        pass1.seed_generators(pass1._seed("sampling", *keys[0]))
         model(batch)
 
     features, labels = cache.read(keys)
@@ -133,10 +137,10 @@ def test_all_labelled_proposals_are_kept(make_cfg, tmp_path):
     cache = FeatureCache(tmp_path / "cache")
     model = load_frozen_detector(cfg)
     heads = model.roi_heads
-    records = feature_cache.training_records(cfg)
-    images = feature_cache._Images(records, DatasetMapper(cfg, is_train=True))
+    records = training_records(cfg)
+    images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[0, i] for i in range(8)]
-    with EventStorage(), feature_cache.without_rpn_losses(model.proposal_generator):
+    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
         pictures = model.preprocess_image(batch)
         targets = [x["instances"] for x in batch]
         with torch.no_grad():
@@ -202,7 +206,7 @@ def test_killed_extraction_goes_on_to_the_same_bytes(make_cfg, tmp_path):
 
     def extract(folder, kill_at=0):
         if kill_at:
-            kill_at_call(kill_at, feature_cache, "roi_features")
+            kill_at_call(kill_at, pass1, "roi_features")
         extract_features(cfg, tmp_path / folder, views=2, images_per_shard=16)
 
     extract("whole")
@@ -213,7 +217,7 @@ def test_killed_extraction_goes_on_to_the_same_bytes(make_cfg, tmp_path):
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert len(list((tmp_path / "killed").glob("view*/shard*"))) == num_shards
-    with pytest.raises(DataError, match="lacks 3 of 6 shards"):
+    with pytest.raises(DataError, match="is not complete"):
         FeatureCache(tmp_path / "killed")
     # As if killed in the middle of writing.
     partial = tmp_path / "killed" / "view1" / "shard00000.tmp"
@@ -256,7 +260,7 @@ def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path,
     other["model"]["roi_heads.box_head.fc1.bias"] += 1
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="checkpoint is"):
-        FeatureCache(cache).require(make_cfg("MODEL.WEIGHTS", str(tmp_path / "other.pth")))
+        extract_features(make_cfg("MODEL.WEIGHTS", str(tmp_path / "other.pth")), cache)
     # What concerns the classifier, and where the checkpoint lies, makes no difference.
     shutil.copy(make_cfg().MODEL.WEIGHTS, tmp_path / "copy.pth")
     indifferent = ("MODEL.BAGS.GROUP_THRESHOLDS", (50,), "SOLVER.BASE_LR", 1.0, "SEED", 7)
@@ -267,11 +271,170 @@ def test_other_settings_are_refused_and_the_difference_named(make_cfg, tmp_path,
     assert contents(cache) == before
 
 
+@pytest.fixture
+def own_data(make_cfg, datasets_root, register, tmp_path):
+    """Config on a copy of the tiny data set; its annotation file; and a picture of it."""
+    folder = Path(shutil.copytree(datasets_root / "glyphs_tiny", tmp_path / "data"))
+    annotations = folder / "annotations" / "glyphs_tiny_train.json"
+    register("own_train", str(annotations), str(folder))
+    cfg = make_cfg("DATASETS.TRAIN", ("own_train",))
+    return cfg, annotations, Path(training_records(cfg)[3]["file_name"])
+
+
+def edit(path, old, new):
+    """Replace text once by as much text, keeping the time of modification."""
+    before = path.stat()
+    text = path.read_text()
+    assert text.count(old) >= 1
+    assert len(old) == len(new)
+    path.write_text(text.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_edit_that_keeps_the_size_is_not_served_stale(own_data, tmp_path):
+    cfg, annotations, _ = own_data
+    extract_features(cfg, tmp_path / "cache")
+    before = annotations.stat().st_size
+    category = json.loads(annotations.read_text())["annotations"][0]["category_id"]
+    edit(annotations, f'"category_id":{category}', f'"category_id":{7 - category}')
+    assert annotations.stat().st_size == before
+    message = r"made with other settings or data: annotations is \w+ there and \w+ now; delete"
+    with pytest.raises(ConfigError, match=message):
+        extract_features(cfg, tmp_path / "cache")
+    with pytest.raises(ConfigError, match=message):
+        fit_classifier(cfg, tmp_path / "cache")
+
+
+def test_changed_images_are_noticed(own_data):
+    cfg, _, image = own_data
+    records = training_records(cfg)
+    settings = cache_settings(cfg, records)
+    time = image.stat().st_mtime_ns
+    os.utime(image, ns=(time, time + 1))
+    assert cache_settings(cfg, records)["images"] != settings["images"]
+    os.utime(image, ns=(time, time))
+    assert cache_settings(cfg, records) == settings
+    image.write_bytes(image.read_bytes() + b"0")
+    os.utime(image, ns=(time, time))
+    changed = cache_settings(cfg, records)
+    assert changed == {**settings, "images": changed["images"]} != settings
+
+
+def test_an_image_that_is_gone_is_named(own_data):
+    cfg, _, image = own_data
+    records = training_records(cfg)
+    image.unlink()
+    with pytest.raises(MissingFileError, match=f"{image}' does not exist"):
+        cache_settings(cfg, records)
+
+
+def test_names_and_labels_of_classes_decide(own_data):
+    cfg, *_ = own_data
+    records = training_records(cfg)
+    settings = cache_settings(cfg, records)
+
+    def changed(records):
+        now = cache_settings(cfg, records)
+        return {key for key in settings if settings[key] != now[key]}
+
+    # Another order of the classes gives the same annotation file other labels.
+    other = copy.deepcopy(records)
+    other[0]["annotations"][0]["category_id"] = 5 - other[0]["annotations"][0]["category_id"]
+    assert changed(other) == {"classes"}
+    # Other ids of images change nothing; another order of images does.
+    assert changed([{**r, "image_id": i} for i, r in enumerate(records)]) == set()
+    assert changed(records[::-1]) >= {"images"}
+    metadata = MetadataCatalog.get("own_train")
+    names = metadata.thing_classes
+    MetadataCatalog.remove("own_train")
+    MetadataCatalog.get("own_train").set(
+        thing_classes=names[::-1], json_file=metadata.json_file, image_root=metadata.image_root
+    )
+    assert changed(records) == {"classes"}
+
+
+def test_records_of_a_function_decide_where_there_is_no_file(own_data, register):
+    cfg, *_ = own_data
+    records = training_records(cfg)
+    register("function_train", lambda: records)
+    cfg.DATASETS.TRAIN = ("function_train",)
+    settings = cache_settings(cfg, records)
+    assert cache_settings(cfg, copy.deepcopy(records)) == settings
+    other = copy.deepcopy(records)
+    other[3]["annotations"][0]["bbox"][0] += 1
+    assert cache_settings(cfg, other)["annotations"] != settings["annotations"]
+    other = copy.deepcopy(records)
+    other[3]["annotations"][0]["segmentation"] = {"counts": b"12", "size": np.array([9, 9])}
+    assert cache_settings(cfg, other)["annotations"] != settings["annotations"]
+
+
+def test_the_place_of_the_data_makes_no_difference(own_data, tmp_path, register):
+    cfg, annotations, _ = own_data
+    settings = cache_settings(cfg, training_records(cfg))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    DatasetCatalog.remove("own_train")
+    MetadataCatalog.remove("own_train")
+    moved = tmp_path / "moved"
+    register_lvis_format("own_train", str(moved / "annotations" / annotations.name), str(moved))
+    assert cache_settings(cfg, training_records(cfg)) == settings
+
+
+def test_keys_of_a_backbone_of_the_users_decide(own_data):
+    cfg, *_ = own_data
+    records = training_records(cfg)
+    settings = cache_settings(cfg, records)
+    cfg.MODEL.SWIN = CfgNode({"DEPTHS": (2, 2)})
+    assert cache_settings(cfg, records) == {**settings, "MODEL.SWIN.DEPTHS": "[2, 2]"}
+
+
+def test_listed_keys_exist():
+    cfg = get_cfg()
+    assert all(select_config(cfg, (glob,)) for glob in FEATURE_KEYS)
+    # Nothing of evaluation, of losses or of the classifier is among them.
+    names = set(select_config(cfg, FEATURE_KEYS))
+    assert not any(n.endswith("_TEST") or "LOSS" in n or "SMOOTH_L1" in n for n in names)
+
+
+def test_one_run_at_a_time_fills_a_cache(make_cfg, tmp_path):
+    with (
+        lock_folder(tmp_path / "cache"),
+        pytest.raises(FolderInUseError, match=f"cache' is in use by process {os.getpid()}"),
+    ):
+        extract_features(make_cfg(), tmp_path / "cache")
+    assert not contents(tmp_path / "cache")
+
+
+def test_a_deleted_shard_is_made_anew(make_cfg, tmp_path):
+    cfg = make_cfg()
+    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    before = contents(tmp_path / "cache")
+    path = tmp_path / "cache" / "view0" / "shard00001" / "labels.npy"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"delete '(.*)' and run") as caught:
+        FeatureCache(tmp_path / "cache")
+    shutil.rmtree(re.search("delete '(.*)' and", str(caught.value))[1])
+    extract_features(cfg, tmp_path / "cache", images_per_shard=16)
+    assert contents(tmp_path / "cache") == before
+
+
+def test_a_disk_that_fills_up_leaves_no_half_shard(make_cfg, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(DataError, match=r"features\.npy' could not be written \(No space"):
+            extract_features(make_cfg(), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("view*/shard?????"))
+    extract_features(make_cfg(), tmp_path / "cache")
+    FeatureCache(tmp_path / "cache")
+
+
 def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 3, 7))
     cfg = make_cfg()
     proposals = NUM_IMAGES * cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN
-    objects = sum(len(r["annotations"]) for r in feature_cache.training_records(cfg))
+    objects = sum(len(r["annotations"]) for r in training_records(cfg))
     for kept, num_rois in ((None, proposals + objects), (9, NUM_IMAGES * 9)):
         needed = 2 * num_rois * (32 * 2 + 4)
         message = rf"needs up to {needed:,} bytes more .* 7 free; lower"
@@ -303,27 +466,6 @@ def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
         extract_features(make_cfg(), tmp_path / "c", views=0)
     with pytest.raises(ConfigError, match="--rois-per-image"):
         extract_features(make_cfg(), tmp_path / "c", rois_per_image=0)
-    (tmp_path / "cache.json").write_text('{"settings": {"colour": "red"}, "num_images": 3}')
-    with pytest.raises(DataError, match=r"cache\.json' does not describe"):
-        FeatureCache(tmp_path)
-
-
-def test_a_cache_of_another_rule_of_sampling_is_refused(make_cfg, tmp_path):
-    extract_features(make_cfg(), tmp_path / "cache", rois_per_image=40)
-    stamp = tmp_path / "cache" / "cache.json"
-    content = json.loads(stamp.read_text())
-    content["settings"]["sampling"] -= 1
-    stamp.write_text(json.dumps(content))
-    for use in (
-        lambda: extract_features(make_cfg(), tmp_path / "cache", rois_per_image=40),
-        lambda: FeatureCache(tmp_path / "cache").require(make_cfg()),
-    ):
-        with pytest.raises(ConfigError, match="sampling is 1 there and 2 now"):
-            use()
-    del content["settings"]["sampling"]  # from before there was one
-    stamp.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="does not describe a feature cache of this version"):
-        FeatureCache(tmp_path / "cache")
 
 
 def test_features_beyond_float16_are_an_error(make_cfg, tmp_path):

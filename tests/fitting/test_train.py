@@ -1,9 +1,12 @@
 """Pass 2 of classifier fitting: the same training as online, on cached features."""
 
+import errno
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,23 +21,27 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 import train_net
-from bags_d2 import BAGSTrainer, ConfigError, MissingFileError, add_bags_config
+from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
-from bags_d2.engine.feature_cache import (
-    FeatureCache,
+from bags_d2.data.build import training_records
+from bags_d2.data.samplers import epoch_order, shuffled
+from bags_d2.errors import NonFiniteLossError
+from bags_d2.fitting.cache import FeatureCache
+from bags_d2.fitting.extract import (
     extract_features,
     load_frozen_detector,
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.engine.fitting import (
-    CachedBatches,
+from bags_d2.fitting.train import (
     ClassifierLoss,
-    RoISampler,
-    _epoch_order,
     _Progress,
+    cached_batches,
+    epoch_keys,
     fit_classifier,
+    sample_rois,
 )
+from bags_d2.utils.files import FolderInUseError, lock_folder
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 SETS = {"fitted_train": "train", "fitted_val": "val"}
@@ -47,7 +54,10 @@ BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
 SOFTMAX = ("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
 SIGMOID = (*SOFTMAX, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True")
 NUM_IMAGES, NUM_CLASSES = 35, 6
-SAMPLER = RoISampler(num_rois=32, positive_fraction=0.25, num_classes=NUM_CLASSES)
+SAMPLE = functools.partial(
+    sample_rois, num_rois=32, positive_fraction=0.25, num_classes=NUM_CLASSES
+)
+ORDER = functools.partial(shuffled, torch.arange(NUM_IMAGES))
 
 
 def make_cfg(weights, output_dir, *opts):
@@ -123,13 +133,14 @@ def test_gradient_of_a_step_is_that_of_the_online_step(predictor, cfg_of, stage1
 @pytest.mark.parametrize("positive_fraction", [0.0, 0.25, 1.0])
 def test_rois_are_sampled_as_detectron2_does(num_rois, positive_fraction):
     generator = np.random.default_rng(1)
-    sampler = RoISampler(num_rois, positive_fraction, NUM_CLASSES)
     sizes = [40, 0, 1, 25, 30, 12]
     labels = torch.from_numpy(generator.integers(NUM_CLASSES + 1, size=sum(sizes)))
     labels[-30:-12], labels[-12:] = NUM_CLASSES, 2  # background alone, foreground alone
     times_seen = torch.zeros(len(labels))
     for _ in range(400):
-        sampled = torch.from_numpy(sampler(labels.numpy(), sizes, generator))
+        sampled = torch.from_numpy(
+            sample_rois(labels.numpy(), sizes, generator, num_rois, positive_fraction, NUM_CLASSES)
+        )
         assert torch.equal(sampled, sampled.unique())
         times_seen[sampled] += 1
     of_image = zip(
@@ -150,9 +161,9 @@ def test_rois_are_sampled_as_detectron2_does(num_rois, positive_fraction):
 
 def test_rois_are_sampled_afresh_in_each_epoch(stage1):
     cache = FeatureCache(stage1 / "cache")
-    epoch = CachedBatches(cache, NUM_IMAGES, 1, SAMPLER, order=lambda _: torch.arange(NUM_IMAGES))
+    epoch = cached_batches(cache, NUM_IMAGES, 1, SAMPLE, lambda _: torch.arange(NUM_IMAGES))
     (first,), _, (third,) = itertools.islice(epoch, 3)  # views alternate
-    assert len(first[1]) == len(third[1]) == NUM_IMAGES * SAMPLER.num_rois
+    assert len(first[1]) == len(third[1]) == NUM_IMAGES * 32
     assert not torch.equal(first[0], third[0])
     everything = cache.read([(0, i) for i in range(NUM_IMAGES)])[0]
     rows = {row.numpy().tobytes() for row in everything}
@@ -163,9 +174,7 @@ def test_loss_is_the_mean_over_devices(cfg_of, stage1):
     cache = FeatureCache(stage1 / "cache")
     model = load_frozen_detector(cfg_of(*SOFTMAX))
     loss_of = ClassifierLoss(model.roi_heads.box_predictor)
-    (batch,) = itertools.islice(
-        CachedBatches(cache, images_per_part=2, num_parts=3, sampler=SAMPLER), 1
-    )
+    batch = next(cached_batches(cache, 2, 3, SAMPLE, ORDER))
     with EventStorage():
         parts = torch.stack([loss_of([part])["loss_cls"] for part in batch])
         torch.testing.assert_close(loss_of(batch)["loss_cls"], parts.mean())
@@ -173,17 +182,16 @@ def test_loss_is_the_mean_over_devices(cfg_of, stage1):
 
 def test_every_image_comes_once_in_an_epoch_and_views_alternate(stage1):
     cache = FeatureCache(stage1 / "cache")
-    batches = CachedBatches(cache, images_per_part=2, num_parts=2, sampler=SAMPLER, seed=1)
-    keys = list(itertools.islice(batches._keys(0), 3 * NUM_IMAGES))
+    keys = list(itertools.islice(epoch_keys(ORDER, 2, seed=1), 3 * NUM_IMAGES))
     epochs = [keys[i : i + NUM_IMAGES] for i in range(0, len(keys), NUM_IMAGES)]
     for number, epoch in enumerate(epochs):
         assert {view for view, _ in epoch} == {number % 2}
         assert sorted(image for _, image in epoch) == list(range(NUM_IMAGES))
     assert epochs[0] != [(0, image) for _, image in epochs[2]]
     # A batch follows from its step alone, also over the end of an epoch.
-    expected = list(itertools.islice(batches, 12))[7:]
-    batches.start = 7
-    torch.testing.assert_close(list(itertools.islice(batches, 5)), expected, rtol=0, atol=0)
+    batches = functools.partial(cached_batches, cache, 2, 2, SAMPLE, ORDER, 1)
+    expected = list(itertools.islice(batches(), 12))[7:]
+    torch.testing.assert_close(list(itertools.islice(batches(7), 5)), expected, rtol=0, atol=0)
 
 
 def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, stage1, tmp_path):
@@ -210,14 +218,12 @@ def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, s
 
 def test_training_lowers_the_loss(cfg_of, stage1):
     cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 1e-3)
-    batches = CachedBatches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1, SAMPLER)
+    batch = next(cached_batches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1, SAMPLE, ORDER))
 
     def loss(weights):
         model = load_frozen_detector(cfg_of(*BAGS, "MODEL.WEIGHTS", str(weights)))
         with EventStorage(), torch.no_grad():
-            return float(
-                ClassifierLoss(model.roi_heads.box_predictor)(next(iter(batches)))["loss_cls"]
-            )
+            return float(ClassifierLoss(model.roi_heads.box_predictor)(batch)["loss_cls"])
 
     torch.manual_seed(0)
     before = loss(stage1 / "model.pth")
@@ -263,10 +269,8 @@ def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path, sample
         fit_classifier(cfg_of(*BAGS, *in_order, *other, run="killed"), stage1 / "cache")
     resumed = weights_of(fit("killed"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
-        "metrics.json",
-        "model_final.pth",
-    ]
+    left = {p.name for p in (tmp_path / "killed").iterdir() if not p.name.startswith("events.")}
+    assert left == {".lock", "metrics.json", "model_final.pth"}
 
 
 def test_seeds_give_fits_of_their_own(cfg_of, stage1):
@@ -306,9 +310,8 @@ def test_batches_follow_the_sampler_and_go_on_anywhere(cfg_of, stage1, sampler):
         *("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", 0.5),
         *("DATALOADER.TAIL_MAX_COUNT", 20),
     )
-    cache = FeatureCache(stage1 / "cache")
-    order = _epoch_order(cfg, cache)
-    keys = list(itertools.islice(CachedBatches(cache, 2, 1, SAMPLER, 7, order)._keys(0), 300))
+    order = epoch_order(cfg, training_records(cfg))
+    keys = list(itertools.islice(epoch_keys(order, 2, 7), 300))
     expected = []
     for epoch in itertools.count():
         generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
@@ -318,7 +321,7 @@ def test_batches_follow_the_sampler_and_go_on_anywhere(cfg_of, stage1, sampler):
     assert keys == expected[:300]
     assert {image for _, image in keys} <= set(range(NUM_IMAGES))
     for start in (1, 34, 35, 36, 170):
-        resumed = itertools.islice(CachedBatches(cache, 2, 1, SAMPLER, 7, order)._keys(start), 40)
+        resumed = itertools.islice(epoch_keys(order, 2, 7, start), 40)
         assert list(resumed) == keys[start : start + 40]
 
 
@@ -357,3 +360,163 @@ def test_class_means_are_fitted_and_evaluated(cfg_of, stage1):
     arguments += ["MODEL.WEIGHTS", str(path), "OUTPUT_DIR", str(path.parent)]
     results = train_net.main(default_argument_parser().parse_args(arguments))
     assert "AP" in results["bbox"]
+
+
+# What is not finite, damaged or in use
+
+
+@pytest.mark.parametrize("predictor", [BAGS, SOFTMAX], ids=["bags", "softmax"])
+def test_divergence_is_an_error_and_nothing_is_written(predictor, cfg_of, stage1, tmp_path):
+    cfg = cfg_of(*predictor, "SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 40, "SOLVER.STEPS", ())
+    message = r"^Infinite or NaN loss at iteration \d+: loss_cls[^;]*; lower SOLVER\.BASE_LR"
+    with pytest.raises(NonFiniteLossError, match=message):
+        fit_classifier(cfg, stage1 / "cache")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_progress_of_a_fit_that_diverges_is_good(cfg_of, stage1, tmp_path):
+    options = ("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 40, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(NonFiniteLossError, match=r"delete '.*fitting\.pth' if it exists"):
+        fit_classifier(cfg_of(*BAGS, *options, "SOLVER.STEPS", ()), stage1 / "cache")
+    weights = weights_of(tmp_path / "run" / "fitting.pth")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_written(cfg_of, stage1, tmp_path):
+    # The loss of the only step is finite, and no later one tells.
+    huge = ("SOLVER.BASE_LR", 1e38, "SOLVER.WEIGHT_DECAY", 1e9, "SOLVER.WARMUP_ITERS", 0)
+    cfg = cfg_of(*BAGS, *huge, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ())
+    with pytest.raises(NonFiniteLossError, match=r"Weights of '.*' .* infinite or NaN; lower"):
+        fit_classifier(cfg, stage1 / "cache")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_some_steps_whose_loss_is_not_finite_may_be_left_out(cfg_of, stage1, monkeypatch):
+    original = ClassifierLoss.forward
+    calls = itertools.count()
+
+    def forward(self, batch):
+        losses = original(self, batch)
+        return {k: x * float("nan") for k, x in losses.items()} if next(calls) == 2 else losses
+
+    monkeypatch.setattr(ClassifierLoss, "forward", forward)
+    cfg = cfg_of(*BAGS, "SOLVER.MAX_NONFINITE_STEPS", 1)
+    assert all(
+        w.isfinite().all() for w in weights_of(fit_classifier(cfg, stage1 / "cache")).values()
+    )
+
+
+@pytest.mark.parametrize("predictor", ["BAGSOutputLayers", "NearestMeanOutputLayers"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_not_trained_on(
+    predictor, value, cfg_of, stage1, tmp_path
+):
+    cache = shutil.copytree(stage1 / "cache", tmp_path / "cache")
+    path = cache / "view0" / "shard00000" / "features.npy"
+    features = np.load(path)
+    features[::10, 3] = value
+    np.save(path, features)
+    with pytest.raises(DataError, match=r"shard00000/features\.npy' is damaged \(infinite"):
+        fit_classifier(cfg_of("MODEL.ROI_BOX_PREDICTOR.NAME", predictor), cache)
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+
+
+def test_one_fit_at_a_time_writes_to_a_folder(cfg_of, stage1, tmp_path):
+    with (
+        lock_folder(tmp_path / "run"),
+        pytest.raises(FolderInUseError, match=f"run' is in use by process {os.getpid()}"),
+    ):
+        fit_classifier(cfg_of(*BAGS), stage1 / "cache")
+
+
+@pytest.fixture
+def unfinished(cfg_of, stage1, tmp_path, monkeypatch):
+    """The config of a fit that was interrupted, and its progress."""
+    options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
+    cfg = cfg_of(*BAGS, *options)
+    save = _Progress.after_step
+
+    def after_step(self):
+        save(self)
+        if self.trainer.iter == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Progress, "after_step", after_step)
+        with pytest.raises(KeyboardInterrupt):
+            fit_classifier(cfg, stage1 / "cache")
+    return cfg, tmp_path / "run" / "fitting.pth"
+
+
+def resave(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+DAMAGES = {
+    "empty": lambda p: p.write_bytes(b""),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-100]),
+    "text": lambda p: p.write_text("progress"),
+    "a tensor": lambda p: torch.save(torch.zeros(3), p),
+    "folder": lambda p: (p.unlink(), p.mkdir()),
+    "no trainer": lambda p: resave(p, lambda c: c.pop("trainer")),
+    "no settings": lambda p: resave(p, lambda c: c.pop("settings")),
+    "settings a list": lambda p: resave(p, lambda c: c.update(settings=[1])),
+    "weights of another shape": lambda p: resave(
+        p, lambda c: c["model"].update({"cls_score.bias": torch.zeros(2)})
+    ),
+    "NaN": lambda p: resave(p, lambda c: c["model"]["cls_score.bias"].fill_(torch.nan)),
+    "iteration a text": lambda p: resave(p, lambda c: c["trainer"].update(iteration="5")),
+    "iteration negative": lambda p: resave(p, lambda c: c["trainer"].update(iteration=-7)),
+    "iteration beyond the end": lambda p: resave(p, lambda c: c["trainer"].update(iteration=99)),
+    "trainer a number": lambda p: resave(p, lambda c: c.update(trainer=3)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_progress_is_named(case, unfinished, stage1):
+    cfg, path = unfinished
+    DAMAGES[case](path)
+    with pytest.raises(DataError, match=r"fitting\.pth' is not the progress of a fit .*; delete"):
+        fit_classifier(cfg, stage1 / "cache")
+
+
+def test_an_interrupted_fit_goes_on_elsewhere(unfinished, stage1, tmp_path, cfg_of):
+    cfg, path = unfinished
+    whole = cfg.clone()
+    whole.OUTPUT_DIR = str(tmp_path / "whole")
+    expected = weights_of(fit_classifier(whole, stage1 / "cache"))
+    cfg.MODEL.WEIGHTS = str(shutil.copy(cfg.MODEL.WEIGHTS, tmp_path / "copy.pth"))
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 3
+    resumed = weights_of(fit_classifier(cfg, stage1 / "cache"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not path.exists()
+
+
+def test_a_full_disk_keeps_the_progress(unfinished, stage1, monkeypatch):
+    cfg, path = unfinished
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(DataError, match=r"fitting\.pth' could not be written \(No space"):
+            fit_classifier(cfg, stage1 / "cache")
+    assert path.read_bytes() == before
+    fit_classifier(cfg, stage1 / "cache")
+
+
+def test_metrics_are_strict_json_with_the_total_loss(cfg_of, stage1, tmp_path):
+    cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 230, "SOLVER.STEPS", ())
+    fit_classifier(cfg, stage1 / "cache")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [99, 199]
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))

@@ -1,0 +1,62 @@
+"""Image files: what can be read as 8 bits a channel, and errors that name the file."""
+
+import os
+
+import numpy as np
+from detectron2.data import detection_utils
+from PIL import Image
+
+from ..errors import DataError
+from ..utils.files import require_file
+
+__all__ = ["check_image", "read_image"]
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """Look at the header of an image.
+
+    Args:
+        path: of the image; its suffix says nothing.
+
+    Raises:
+        MissingFileError: if it does not exist.
+        DataError: if it is not a regular file, no image, too large to be one, or of more than 8
+            bits a channel, which Pillow would clip to white without a word.
+    """
+    name = os.fspath(path)
+    local = require_file(name)
+    try:
+        with Image.open(local) as image:
+            mode = image.mode
+    except Exception as error:  # damaged headers raise nearly anything
+        raise DataError(_unreadable(name, error)) from None
+    # Grey values of 16 or 32 bits ("I", "I;16", ...) and floats; colours come as 8 bits.
+    if mode[0] in "IF":
+        raise DataError(
+            f"Image '{name}' has more than 8 bits a channel (mode {mode}); convert it to 8."
+        )
+
+
+def read_image(path: str | os.PathLike, format: str = "BGR") -> np.ndarray:
+    """Detectron2's ``read_image``, with errors that name the file.
+
+    Args:
+        path: of the image.
+        format: "BGR", or a mode of Pillow.
+
+    Returns:
+        uint8 array (H, W, C).
+
+    Raises:
+        MissingFileError, DataError: as :func:`check_image`, or if the image is damaged.
+    """
+    check_image(path)
+    try:
+        return detection_utils.read_image(os.fspath(path), format=format)
+    except Exception as error:  # damaged pixels raise nearly anything
+        raise DataError(_unreadable(os.fspath(path), error)) from None
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return f"Image '{name}' cannot be read ({detail}); restore it, or leave it out."

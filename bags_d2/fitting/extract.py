@@ -1,0 +1,279 @@
+"""Pass 1: the box features of all training images, computed once.
+
+With everything but the classifier frozen, what the classifier sees of an image changes between
+epochs by augmentation and by the sampling of RoIs alone. All labelled proposals of an image are
+kept, or a choice of them, from which pass 2 samples RoIs afresh in every epoch, as training online
+does; a few augmented *views* stand for the augmentation of all epochs.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..data.build import training_records
+from ..data.loader import NamingDatasetMapper
+from ..engine.checkpoint import LongTailCheckpointer
+from ..engine.trainer import BAGSTrainer
+from ..errors import ConfigError
+from ..seeding import seed_generators
+from ..utils.files import lock_folder, write_json
+from .cache import (
+    IMAGES_PER_BATCH,
+    IMAGES_PER_SHARD,
+    Shard,
+    cache_settings,
+    is_complete,
+    plan_shards,
+    read_settings,
+    require_settings,
+    write_shard,
+)
+
+__all__ = ["extract_features", "load_frozen_detector", "roi_features"]
+
+logger = logging.getLogger(__name__)
+
+
+def extract_features(
+    cfg: CfgNode,
+    folder: str | os.PathLike,
+    views: int = 1,
+    rois_per_image: int | None = None,
+    images_per_shard: int = IMAGES_PER_SHARD,
+) -> None:
+    """Fill a feature cache, or complete one that was begun with the same settings.
+
+    Runs in each process of ``detectron2.engine.launch``. What is written depends neither on the
+    number of processes nor on interruptions: augmentation and sampling are seeded by view and
+    position in the training set, and batches never span shards.
+
+    Args:
+        cfg: config of stage 2; ``MODEL.WEIGHTS`` is the detector of stage 1.
+        folder: the cache.
+        views: views of every image, each with fresh augmentation.
+        rois_per_image: RoIs to keep of an image (:func:`sample_for_cache`); None keeps all.
+        images_per_shard: images of a shard.
+
+    Raises:
+        ConfigError: if the folder holds a cache of other settings or data, the disk is too small,
+            or the config trains anything but the classifier of a plain Faster or Mask R-CNN.
+        DataError: if a feature is not finite in float16, or a file cannot be read or written.
+        FolderInUseError: if another run writes to the folder.
+        MissingFileError: if the checkpoint or an image does not exist.
+    """
+    folder = Path(folder)
+    # The processes of a run hold the folder together, through the first of them.
+    with lock_folder(folder) if comm.is_main_process() else contextlib.nullcontext():
+        records = training_records(cfg)
+        settings = cache_settings(cfg, records, views, rois_per_image, images_per_shard)
+        if (folder / "cache.json").exists():
+            require_settings(folder, read_settings(folder), settings)
+        # Together, as a process that is ahead would otherwise finish shards that others look for.
+        if all(comm.all_gather(is_complete(folder, settings))):
+            logger.info("Feature cache '%s' is complete.", folder)
+            return
+
+        model = load_frozen_detector(cfg)
+        shards = list(plan_shards(folder, settings))
+        if comm.is_main_process():
+            missing = [shard for shard in shards if not shard.path.is_dir()]
+            _check_disk_space(folder, missing, records, rois_per_image, model)
+            write_json(folder / "cache.json", settings)
+        comm.synchronize()  # before any process writes, the disk has been checked
+        # The share of a process is chosen before finished shards are left out: other processes may
+        # have finished some more by now, and shares must not depend on that.
+        own = [s for s in shards[comm.get_rank() :: comm.get_world_size()] if not s.path.is_dir()]
+        _extract(cfg, model, records, own, rois_per_image)
+        comm.synchronize()
+
+
+def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
+    """The model of stage 2 with the weights of stage 1, ready for both passes.
+
+    Raises:
+        ConfigError: if features of the classifier's input alone cannot stand for training it:
+            it is a cascade, or other parts train as well.
+    """
+    model = BAGSTrainer.build_model(cfg)
+    if not (
+        isinstance(model, GeneralizedRCNN)
+        and isinstance(model.proposal_generator, RPN)
+        and isinstance(model.roi_heads, StandardROIHeads)
+        and not isinstance(model.roi_heads, CascadeROIHeads)
+    ):
+        # A cascade's later stages see boxes that the earlier ones refined and labels of their own.
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' in MODEL.META_ARCHITECTURE "
+            f"'{cfg.MODEL.META_ARCHITECTURE}' with MODEL.PROPOSAL_GENERATOR.NAME "
+            f"'{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' cannot be fitted from cached features, only "
+            "LongTailROIHeads with proposals of its own can; use train_net.py."
+        )
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    prefix = "roi_heads.box_predictor."
+    stray = [n for n in trainable if not n.startswith(prefix) or n.startswith(f"{prefix}bbox_pred")]
+    if stray:
+        raise ConfigError(
+            f"MODEL.TRAINABLE_PARAMS {tuple(cfg.MODEL.TRAINABLE_PARAMS)} trains '{stray[0]}', but "
+            "cached features serve the classifier alone; set it to "
+            "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
+        )
+    anew = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
+    checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, stage2=True, new_classifier=anew)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    return model.train()
+
+
+@torch.no_grad()
+def roi_features(
+    model: GeneralizedRCNN, inputs: list[dict]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Features (R, D) and labels (R,) of each image that a step would train the classifier on.
+
+    The steps are those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training
+    mode up to the box predictor, but for the losses of the RPN.
+
+    Args:
+        model: the detector, in training mode; needs an EventStorage around the call.
+        inputs: as for the model.
+    """
+    heads = model.roi_heads
+    images = model.preprocess_image(inputs)
+    # A sampled proposal takes all fields of its object with it, and a mask for each of a thousand
+    # proposals is a gigabyte.
+    objects = [x["instances"] for x in inputs]
+    targets = [
+        Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to(model.device)
+        for x in objects
+    ]
+    features = model.backbone(images.tensor)
+    with without_rpn_losses(model.proposal_generator):
+        proposals, _ = model.proposal_generator(images, features, targets)
+    proposals = heads.label_and_sample_proposals(proposals, targets)
+    boxes = [p.proposal_boxes for p in proposals]
+    pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+    box_features = heads.box_head(pooled).flatten(start_dim=1)
+    labels = [p.gt_classes for p in proposals]
+    return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
+
+
+@contextlib.contextmanager
+def without_rpn_losses(rpn: RPN) -> Iterator[None]:
+    """Let an RPN in training mode propose only: its losses are a tenth of an extraction's time."""
+    rpn.label_and_sample_anchors = lambda *_: (None, None)
+    rpn.losses = lambda *_: {}
+    try:
+        yield
+    finally:
+        del rpn.label_and_sample_anchors, rpn.losses
+
+
+def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> None:
+    """Let RoI heads in training mode sample the RoIs that a cache keeps of an image.
+
+    All of them (None), or so many: what a step samples, and of the rest as much foreground as
+    background. That is a larger share of foreground than a step's, since RoIs of the tail are few,
+    and each adds more than yet another piece of background. If a step samples more than are to be
+    kept, its foreground goes first.
+    """
+    if rois_per_image is None:
+        heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
+        return
+    rest = max(rois_per_image - heads.batch_size_per_image, 0)
+    of_step = int(heads.batch_size_per_image * heads.positive_fraction)
+    num_foreground = min(of_step + rest // 2, rois_per_image)
+    heads.batch_size_per_image = rois_per_image
+    # Rounded down after multiplication, which must give this very number.
+    heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
+
+
+@dataclasses.dataclass
+class _Images(Dataset):
+    """Training images by (view, position), augmented alike whichever process asks and when."""
+
+    records: list[dict]
+    mapper: Callable[[dict], dict]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        seed_generators(_seed("augmentation", *key))
+        return self.mapper(self.records[key[1]])
+
+
+def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int | None) -> None:
+    order = list(range(len(records)))
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        # As online: padding portraits and landscapes to a common size costs up to twice the work.
+        order.sort(key=lambda i: records[i]["width"] > records[i]["height"])
+    batches = [
+        [(shard.view, image) for image in order[shard.images][i : i + IMAGES_PER_BATCH]]
+        for shard in shards
+        for i in range(0, shard.images.stop - shard.images.start, IMAGES_PER_BATCH)
+    ]
+    loader = DataLoader(
+        _Images(records, NamingDatasetMapper(cfg, is_train=True)),
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+    )
+    device = model.device.type
+    sample_for_cache(model.roi_heads, rois_per_image)
+    waiting, rois = iter(shards), []
+    shard = next(waiting, None)
+    with (
+        EventStorage(),
+        torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda"),
+    ):
+        progress = tqdm(loader, "box features", disable=not comm.is_main_process())
+        for keys, inputs in zip(batches, progress, strict=True):
+            seed_generators(_seed("sampling", *keys[0]), device)
+            for features, labels in roi_features(model, inputs):
+                rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
+            images = order[shard.images]
+            if len(rois) == len(images):
+                write_shard(shard, images, rois)
+                shard, rois = next(waiting, None), []
+
+
+def _seed(*parts) -> int:
+    return zlib.crc32(repr(parts).encode())
+
+
+def _check_disk_space(
+    folder: Path, shards: Sequence[Shard], records, rois_per_image: int | None, model
+) -> None:
+    """Raise a ConfigError unless the features of these shards fit on the disk."""
+    shape = model.roi_heads.box_head.output_shape
+    bytes_per_roi = 2 * shape.channels * (shape.height or 1) * (shape.width or 1) + 4
+    num_images = sum(shard.images.stop - shard.images.start for shard in shards)
+    if rois_per_image is None:
+        num_rois = num_images * model.proposal_generator.post_nms_topk[True]
+        if model.roi_heads.proposal_append_gt:
+            num_objects = sum(len(record.get("annotations", ())) for record in records)
+            num_rois += num_objects * num_images // len(records)
+    else:
+        num_rois = num_images * rois_per_image
+    needed = num_rois * bytes_per_roi
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"Feature cache '{folder}' needs up to {needed:,} bytes more and its disk has {free:,} "
+            "free; lower --rois-per-image or --views, or name another disk with --cache."
+        )
+    sizes = f"up to {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free"
+    logger.info("Extracting box features of %d images to '%s': %s", num_images, folder, sizes)

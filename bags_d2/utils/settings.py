@@ -1,0 +1,40 @@
+"""Config values as text, to tell whether two things were made with the same settings."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from detectron2.config import CfgNode
+
+__all__ = ["first_difference", "select_config"]
+
+
+def select_config(
+    cfg: CfgNode, include: Sequence[str], exclude: Sequence[str] = ()
+) -> dict[str, str]:
+    """Values of a config as text by dotted key, chosen by globs on the keys."""
+    selected = {}
+
+    def visit(node: CfgNode, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, CfgNode):
+                visit(value, f"{name}.")
+            elif _matches(name, include) and not _matches(name, exclude):
+                # A list and a tuple of the same values mean the same in a config.
+                selected[name] = str(list(value) if isinstance(value, tuple) else value)
+
+    visit(cfg, "")
+    return dict(sorted(selected.items()))
+
+
+def first_difference(found: Mapping, wanted: Mapping) -> str:
+    """The first entry in which two mappings differ, in words; "" if there is none."""
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            there, now = (m.get(name, "not set") for m in (found, wanted))
+            return f"{name} is {there} there and {now} now"
+    return ""
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
