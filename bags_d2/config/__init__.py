@@ -6,6 +6,7 @@ from .files import (
     list_methods,
     merge_config_file,
     read_config_file,
+    run_name,
     scale_schedule,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "list_methods",
     "merge_config_file",
     "read_config_file",
+    "run_name",
     "scale_schedule",
 ]

@@ -14,7 +14,14 @@ from detectron2.config.compat import guess_version
 from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
 
-__all__ = ["find_config", "list_methods", "merge_config_file", "read_config_file", "scale_schedule"]
+__all__ = [
+    "find_config",
+    "list_methods",
+    "merge_config_file",
+    "read_config_file",
+    "run_name",
+    "scale_schedule",
+]
 
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
 
@@ -99,8 +106,7 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
         parent = os.path.join(parent, _ABLATIONS)
     for name in (*methods, *([method] if method else [])):
         _lay_method(name, content, baseline_dir)
-        stem = Path(name).stem if name.endswith(".yaml") else name
-        run = run.replace(_BASELINE, stem, 1) if _BASELINE in run else f"{run}_{stem}"
+        run = run_name(run, name)
     if content["OUTPUT_DIR"] == baseline_dir:
         content["OUTPUT_DIR"] = os.path.join(parent, run)
     return content
@@ -124,6 +130,14 @@ def merge_config_file(cfg: CfgNode, path: str | os.PathLike, method: str | None 
         cfg.clear()
         cfg.update(new)
     scale_schedule(cfg)
+
+
+def run_name(config: str, method: str | None) -> str:
+    """What a run is called: "lvis_baseline_R50" with "seesaw" is "lvis_seesaw_R50"."""
+    if not method:
+        return config
+    method = Path(method).stem if method.endswith(".yaml") else method
+    return config.replace(_BASELINE, method, 1) if _BASELINE in config else f"{config}_{method}"
 
 
 def scale_schedule(cfg: CfgNode) -> None:
