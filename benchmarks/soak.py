@@ -6,6 +6,7 @@ from the end of warm-up on.
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,6 @@ from detectron2.engine import HookBase, default_argument_parser
 from memory import process_memory
 
 from bags_d2 import BAGSTrainer
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import setup_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,9 @@ def train(steps: int, folder: Path) -> list[float]:
     Returns:
         Resident memory in MB after every tenth of them.
     """
-    root = build_glyphs("glyphs_tiny", folder, num_workers=1, progress=False)
+    prepare = [sys.executable, str(ROOT / "datasets" / "prepare_glyphs.py"), "glyphs_tiny"]
+    subprocess.run([*prepare, "--root", str(folder), "--quiet"], check=True)
+    root = folder / "glyphs_tiny"
     rows = [["soak_train", "lvis", f"{root}/annotations/glyphs_tiny_train.json", str(root)]]
     options = [
         *("DATASETS.REGISTER", str(rows), "DATASETS.TRAIN", "('soak_train',)"),

@@ -9,10 +9,10 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Boxes, Instances
+from prepare_glyphs import build_glyphs
 
 from bags_d2 import add_bags_config
 from bags_d2.data import register_lvis_format
-from bags_d2.data.glyphs import build_glyphs
 
 torch.set_num_threads(1)
 

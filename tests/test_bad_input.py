@@ -17,10 +17,10 @@ import torch
 from detectron2.engine import default_argument_parser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prepare_glyphs import build_glyphs
 
 import train_net
 from bags_d2 import BagsError, BAGSTrainer
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import LongTailCheckpointer, check_files, process_count, setup_cfg
 from bags_d2.errors import exit_with_one_sentence, one_sentence
 

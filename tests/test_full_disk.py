@@ -19,7 +19,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 from bags_d2 import BagsError, BAGSTrainer
 from bags_d2.analysis.comparison import write_report
-from bags_d2.engine.comparison import BASELINE, Comparison
+from bags_d2.analysis.method_runs import BASELINE, Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 GLYPHS = ROOT / "configs" / "glyphs_baseline.yaml"

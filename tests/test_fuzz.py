@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from bags_d2 import BagsError
+from bags_d2.checkpoint.files import read_checkpoint, read_model_weights
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint, read_model_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "MARKER"

@@ -21,7 +21,7 @@ socket.getaddrinfo = refuse
 @pytest.mark.parametrize(
     "code",
     [
-        "import bags_d2, bags_d2.analysis.report, bags_d2.engine.mmdet_checkpoint",
+        "import bags_d2, bags_d2.analysis.report, bags_d2.checkpoint.mmdet",
         "from bags_d2 import model_zoo; model_zoo.get('glyphs_bags.yaml', trained=True)",
         "from bags_d2 import model_zoo; model_zoo.get_config('lvis_bags_R50.yaml')",
     ],

@@ -2,15 +2,15 @@
 """Classifier weight norm of each class against its training count, for one or more checkpoints."""
 
 import argparse
-import csv
 from pathlib import Path
 
 from tabulate import tabulate
 
 from bags_d2 import ConfigError
 from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, remembered_counts
-from bags_d2.analysis.groups import bin_names
+from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_weight_norms
+from bags_d2.checkpoint.files import read_checkpoint
 from bags_d2.data.class_counts import (
     read_class_counts,
     training_class_counts,
@@ -18,9 +18,9 @@ from bags_d2.data.class_counts import (
 )
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.evaluation.bins import bin_index
+from bags_d2.utils.files import write_csv
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,7 +80,6 @@ def main() -> None:
         label: class_weight_norms(checkpoint["model"], len(counts)).tolist()
         for label, checkpoint in checkpoints.items()
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     plot_weight_norms(
         norms,
         counts,
@@ -90,12 +89,9 @@ def main() -> None:
     )
     groups = [bin_names(args.thresholds)[g] for g in bin_index(counts, args.thresholds)]
     names = names or [f"class {i}" for i in range(len(counts))]
-    with open(args.output / "weight_norms.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "name", "training_instances", "group", *norms))
-        writer.writerows(
-            zip(range(len(counts)), names, counts, groups, *norms.values(), strict=True)
-        )
+    columns = (range(len(counts)), names, counts, groups, *norms.values())
+    header = ("class", "name", "training_instances", "group", *norms)
+    write_csv(args.output / "weight_norms.csv", header, zip(*columns, strict=True))
     rows = [
         (label, rank_correlation(counts, values), max(values) / max(min(values), 1e-12))
         for label, values in norms.items()

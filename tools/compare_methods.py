@@ -11,11 +11,11 @@ from pathlib import Path
 
 from bags_d2 import ConfigError
 from bags_d2.analysis.comparison import write_report
+from bags_d2.analysis.method_runs import BASELINE, Comparison
 from bags_d2.config import list_methods
-from bags_d2.engine.comparison import BASELINE, Comparison
-from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import lock_folder
+from bags_d2.utils.processes import run_logged
 
 
 def main() -> None:

@@ -2,17 +2,25 @@
 """What changed from one evaluated run to another: AP of each class, of each bin, and who wins."""
 
 import argparse
-import csv
+import sys
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
 from bags_d2 import ConfigError
-from bags_d2.analysis.groups import bin_names
+from bags_d2.analysis.detections import winning_groups
+from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import Run, read_run, register_data_sets, winning_groups
+from bags_d2.analysis.runs import (
+    EvaluatedRun,
+    configured_thresholds,
+    read_ground_truth,
+    read_runs,
+)
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.utils.files import write_csv
+from bags_d2.utils.text import printable
 
 LISTED = 5  # classes with the largest gains, and losses
 
@@ -23,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--labels", nargs=2, help="default: the folders' names")
     parser.add_argument("--dataset", help="if several were evaluated")
     parser.add_argument("--task", choices=("bbox", "segm"), default="bbox")
-    parser.add_argument("--thresholds", type=int, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--thresholds", type=int, nargs="*", help="default: the runs' configs'")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), help="folder")
     parser.add_argument(
         "--config-file", help="registers the data set; default: config.yaml of the first run"
@@ -31,76 +39,60 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_comparable(first: Run, second: Run) -> None:
-    if (first.dataset, first.category_ids) != (second.dataset, second.category_ids):
-        raise ConfigError(
-            f"'{first.folder}' ({first.dataset}) and '{second.folder}' ({second.dataset}) were not "
-            "evaluated on the same classes."
-        )
-    if (first.training_instances < 0).any():
-        raise ConfigError(
-            f"'{first.folder}' knows no training counts; evaluate again where the training "
-            "annotations are, or from a checkpoint that remembers them."
-        )
-
-
-def describe(first: Run, second: Run) -> str:
+def describe(first: EvaluatedRun, second: EvaluatedRun) -> str:
     change = second.ap - first.ap
     order = [i for i in np.argsort(-change, kind="stable") if not np.isnan(change[i])]
     chosen = order if len(order) <= 2 * LISTED else [*order[:LISTED], *order[-LISTED:]]
     rows = [
-        (first.names[i], first.training_instances[i], first.ap[i], second.ap[i], change[i])
+        (
+            *(printable(first.names[i]), f"{first.training_instances[i]:,}"),
+            *(f"{first.ap[i]:.1f}", f"{second.ap[i]:.1f}", f"{change[i]:+.1f}"),
+        )
         for i in chosen
     ]
     headers = ("class", "training instances", first.label, second.label, "change")
-    return tabulate(rows, headers, floatfmt=".1f", intfmt=",")
+    alignment = ("left", *["right"] * 4)
+    return tabulate(rows, headers, disable_numparse=True, colalign=alignment if rows else None)
 
 
 def main() -> None:
     args = parse_args()
-    register_data_sets(args.runs[0], args.config_file)
-    labels = args.labels or [None, None]
-    first, second = (
-        read_run(folder, label, args.dataset, args.task)
-        for folder, label in zip(args.runs, labels, strict=True)
-    )
-    if first.label == second.label:
-        raise ConfigError(f"Both runs are named '{first.label}'; add --labels.")
-    check_comparable(first, second)
-    args.output.mkdir(parents=True, exist_ok=True)
-    counts, thresholds = first.training_instances, args.thresholds
-    print(describe(first, second))
-    plot_class_ap_change(
-        counts,
-        first.ap,
-        second.ap,
-        (first.label, second.label),
-        args.output / "class_ap.png",
-        thresholds,
-    )
-    with open(args.output / "class_ap.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("category_id", "name", "training_instances", first.label, second.label))
-        writer.writerows(
-            zip(first.category_ids, first.names, counts, first.ap, second.ap, strict=True)
+    runs = read_runs(args.runs, args.labels, args.dataset, args.task, args.config_file)
+    first, second = runs
+    if not first.is_counted:
+        raise ConfigError(
+            f"'{first.folder}' knows no training counts; evaluate again where the training "
+            "annotations are, or from a checkpoint that remembers them."
         )
-    if "AP1" in first.measures and "AP1" in second.measures:
-        measures = {run.label: run.measures for run in (first, second)}
-        plot_ap_bins(measures, args.output / "ap_per_bin.png", title=f"AP on {first.dataset}")
-    truth = first.ground_truth()["annotations"]
-    count_of = dict(zip(first.category_ids, counts.tolist(), strict=True))
+    counts, out = first.training_instances, args.output
+    thresholds = configured_thresholds(runs) if args.thresholds is None else args.thresholds
+    truth = [a for image in read_ground_truth(first).values() for a in image["annotations"]]
     matrices = {
-        run.label: winning_groups(truth, run.detections(), count_of, thresholds)
-        for run in (first, second)
+        run.label: winning_groups(truth, run.detections(), run.count_of, thresholds) for run in runs
     }
-    plot_winning_groups(matrices, thresholds, args.output / "winning_groups.png")
+    # A name may have letters that the terminal lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(describe(first, second))
+    labels = (first.label, second.label)
+    plot_class_ap_change(counts, first.ap, second.ap, labels, out / "class_ap.png", thresholds)
+    header = ("category_id", "name", "training_instances", *labels)
+    columns = (first.category_ids, first.names, counts, first.ap, second.ap)
+    write_csv(out / "class_ap.csv", header, zip(*columns, strict=True))
+    bins = {run.label: run.bin_measures(thresholds) for run in runs}
+    title = f"AP on {first.dataset}"
+    plot_ap_bins(bins, out / "ap_per_bin.png", thresholds, title, first.task)
+    plot_winning_groups(matrices, thresholds, out / "winning_groups.png")
     names = bin_names(thresholds)
-    with open(args.output / "winning_groups.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("run", "group", "right", *(f"wrong, {n}" for n in names), "missed"))
-        for label, matrix in matrices.items():
-            writer.writerows((label, n, *row) for n, row in zip(names, matrix, strict=True))
-    print(f"Pictures and tables are in {args.output}.")
+    write_csv(
+        out / "winning_groups.csv",
+        ("run", "group", "right", *(f"wrong, {name}" for name in names), "missed"),
+        (
+            (label, name, *row)
+            for label, matrix in matrices.items()
+            for name, row in zip(names, matrix, strict=True)
+        ),
+    )
+    print(f"Pictures and tables are in {out}.")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import torch
 from detectron2.modeling import build_model
 
 from bags_d2 import DataError, MissingFileError
+from bags_d2.checkpoint.files import read_checkpoint, read_tensor
+from bags_d2.checkpoint.mmdet import GroupLayout, convert_state_dict
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import LongTailCheckpointer, setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint, read_tensor
-from bags_d2.engine.mmdet_checkpoint import GroupLayout, convert_state_dict
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import write_atomically
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from bags_d2 import ConfigError
+from bags_d2.checkpoint.files import read_checkpoint, read_model_weights
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint, read_model_weights
-from bags_d2.engine.tau_norm import tau_normalize
 from bags_d2.errors import exit_with_one_sentence
+from bags_d2.fitting.transforms import tau_normalize
 from bags_d2.utils.files import write_atomically
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from bags_d2.checkpoint.files import read_checkpoint
 from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.engine.checkpoint_file import read_checkpoint
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import write_atomically
 

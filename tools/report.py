@@ -4,9 +4,8 @@
 import argparse
 from pathlib import Path
 
-from bags_d2 import ConfigError
-from bags_d2.analysis.report import write_report
-from bags_d2.analysis.runs import read_run, register_data_sets
+from bags_d2.analysis.report import write_html_report
+from bags_d2.analysis.runs import read_runs
 from bags_d2.errors import exit_with_one_sentence
 
 
@@ -16,22 +15,15 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", help="default: the folders' names")
     parser.add_argument("--dataset", help="if several were evaluated")
     parser.add_argument("--task", choices=("bbox", "segm"), default="bbox")
-    parser.add_argument("--thresholds", type=int, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--thresholds", type=int, nargs="*", help="default: the runs' configs'")
     parser.add_argument("--output", type=Path, default=Path("output/report.html"))
     parser.add_argument("--max-crops", type=int, default=1500, help="of images, in all")
     parser.add_argument(
         "--config-file", help="registers the data set; default: config.yaml of the first run"
     )
     args = parser.parse_args()
-    labels = args.labels or [None] * len(args.runs)
-    if len(labels) != len(args.runs):
-        raise ConfigError(f"--labels names {len(labels)} runs, but there are {len(args.runs)}.")
-    register_data_sets(args.runs[0], args.config_file)
-    runs = [
-        read_run(folder, label, args.dataset, args.task)
-        for folder, label in zip(args.runs, labels, strict=True)
-    ]
-    write_report(runs, args.output, args.thresholds, args.max_crops)
+    runs = read_runs(args.runs, args.labels, args.dataset, args.task, args.config_file)
+    write_html_report(runs, args.output, args.thresholds, args.max_crops)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -7,15 +7,15 @@ trains classifiers alone, tools/fit_classifier.py.
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from bags_d2.analysis.demo import report_demo
-from bags_d2.data.glyphs import build_glyphs
-from bags_d2.engine.logged_process import run_logged
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import lock_folder
+from bags_d2.utils.processes import run_logged
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_2 = {"softmax_retrained": "glyphs_softmax_retrained", "bags": "glyphs_bags"}
@@ -51,7 +51,10 @@ def run_demo(args: argparse.Namespace) -> None:
     # Stale as soon as a run of this demo writes.
     (args.output / "results.json").unlink(missing_ok=True)
     start = time.perf_counter()
-    build_glyphs("glyphs", os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    prepare = [sys.executable, "datasets/prepare_glyphs.py", "glyphs", "--root", root]
+    if subprocess.run(prepare).returncode:
+        sys.exit("The data set could not be built (see above).")
     seconds = {"dataset": time.perf_counter() - start}
 
     weights = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"

@@ -9,7 +9,7 @@ import numpy as np
 from tabulate import tabulate
 
 from bags_d2 import ConfigError
-from bags_d2.analysis.groups import grouping_faults, propose_thresholds, summarize_groups
+from bags_d2.analysis.grouping import grouping_faults, propose_thresholds, summarize_groups
 from bags_d2.analysis.plots import plot_class_counts
 from bags_d2.data.class_counts import (
     count_annotation_file,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 
 __all__ = ["class_weight_norms", "rank_correlation", "remembered_counts"]
 
@@ -43,11 +43,7 @@ def class_weight_norms(
 
 
 def remembered_counts(checkpoint: Mapping) -> list[int] | None:
-    """Training counts of the classes that a checkpoint carries; None if it has none.
-
-    Args:
-        checkpoint: its whole content.
-    """
+    """Training counts of the classes that a checkpoint (its whole content) carries, if any."""
     of_classes = (checkpoint.get("classes") or {}).get("training_instances")
     if of_classes is not None:
         return list(of_classes)
@@ -59,14 +55,9 @@ def remembered_counts(checkpoint: Mapping) -> list[int] | None:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean rank.
+    """Spearman's: Pearson's correlation of the ranks, ties sharing their mean rank.
 
-    Args:
-        x: N numbers.
-        y: N numbers.
-
-    Returns:
-        -1..1; NaN if all of x or all of y are equal.
+    NaN if all of x or all of y are equal.
     """
     ranks = np.array([_mean_ranks(x), _mean_ranks(y)])
     if (ranks.std(axis=1) == 0).any():

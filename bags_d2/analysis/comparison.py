@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ..engine.comparison import BASELINE, Run
 from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically, write_json
+from .method_runs import BASELINE, Run
 from .plots import plot_methods
 
 __all__ = ["MEASURES", "summarize", "write_report"]

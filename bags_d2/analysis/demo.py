@@ -7,8 +7,8 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
+from ..checkpoint.files import read_model_weights
 from ..data.class_counts import count_classes
-from ..engine.checkpoint_file import read_model_weights
 from ..utils.files import load_json, write_json
 from .classifier import class_weight_norms
 from .detections import draw_comparison

@@ -1,31 +1,45 @@
-"""Detections of several models side by side, each told right or wrong."""
+"""Detections against the ground truth: right or wrong, who wins where an object is, side by side.
 
-from collections.abc import Mapping, Sequence
+Boxes are (x, y, width, height) in pixels, as in the files of COCO and LVIS.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.data.detection_utils import read_image
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from detectron2.structures import Boxes, pairwise_iou
 
-__all__ = ["draw_comparison", "label_detections"]
+from ..evaluation.bins import bin_index
+from ..utils.files import write_atomically
+from .palette import RIGHT, TRUTH, WRONG
 
-_RIGHT, _WRONG, _TRUTH = "#0072B2", "#D55E00", "#009E73"
+__all__ = ["draw_comparison", "group_by", "label_detections", "winning_groups"]
+
+
+def group_by(rows: Iterable[Mapping], key: str) -> dict[Hashable, list[Mapping]]:
+    """The rows of each value of a key, in their order; () for other values must be asked for."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row[key]].append(row)
+    return dict(grouped)
 
 
 def label_detections(
     boxes: np.ndarray,
-    classes: Sequence[int],
+    classes: Sequence[Hashable],
     gt_boxes: np.ndarray,
-    gt_classes: Sequence[int],
+    gt_classes: Sequence[Hashable],
     iou_threshold: float = 0.5,
 ) -> np.ndarray:
     """Which detections are right: each takes the free ground truth of its class that fits best.
 
     Args:
-        boxes: (N, 4) XYWH, in descending order of score.
+        boxes: (N, 4), in descending order of score.
         classes: N classes.
-        gt_boxes: (M, 4) XYWH.
+        gt_boxes: (M, 4).
         gt_classes: M classes.
         iou_threshold: least IoU of a match.
 
@@ -33,24 +47,64 @@ def label_detections(
         Bool array (N,).
     """
     right = np.zeros(len(boxes), dtype=bool)
-    free = np.ones(len(gt_boxes), dtype=bool)
-    for i, box in enumerate(boxes):
-        candidates = np.flatnonzero(free & (np.asarray(gt_classes) == classes[i]))
-        if len(candidates) == 0:
-            continue
-        ious = _iou(box, gt_boxes[candidates])
-        if ious.max() >= iou_threshold:
-            free[candidates[ious.argmax()]] = False
+    if len(boxes) == 0 or len(gt_boxes) == 0:
+        return right
+    overlaps = _ious(boxes, gt_boxes)
+    for i, of_class in enumerate(classes):
+        is_same = [of_class == other for other in gt_classes]
+        best = np.where(is_same, overlaps[i], -1.0).argmax()
+        if is_same[best] and overlaps[i, best] >= iou_threshold:
             right[i] = True
+            overlaps[:, best] = -1.0  # taken
     return right
+
+
+def winning_groups(
+    ground_truth: Iterable[Mapping],
+    detections: Iterable[Mapping],
+    training_instances: Mapping[Hashable, int],
+    thresholds: Sequence[int],
+    iou_threshold: float = 0.5,
+) -> np.ndarray:
+    """For each object: what scored highest where it is.
+
+    All classes compete: of the detections that overlap an object enough, the one of the highest
+    score wins (the first of equals), whatever its class.
+
+    Args:
+        ground_truth: annotations with "image_id", "category_id" and "bbox"; crowds are left out.
+        detections: results with "image_id", "category_id", "bbox" and "score".
+        training_instances: training count by category id.
+        thresholds: edges of the groups.
+        iou_threshold: least overlap of boxes.
+
+    Returns:
+        Counts of objects (G, G + 2): rows are groups of the objects; columns the right class, a
+        wrong class of each group, and nothing.
+    """
+    bins = bin_index(list(training_instances.values()), thresholds)
+    group_of = dict(zip(training_instances, bins.tolist(), strict=True))
+    matrix = np.zeros((len(thresholds) + 1, len(thresholds) + 3), dtype=np.int64)
+    found = group_by(detections, "image_id")
+    objects = (a for a in ground_truth if not a.get("iscrowd", 0))
+    for image, of_image in group_by(objects, "image_id").items():
+        competitors = sorted(found.get(image, ()), key=lambda d: -d["score"])
+        enough = _ious(_boxes(competitors), _boxes(of_image)) >= iou_threshold
+        for annotation, candidates in zip(of_image, enough.T, strict=True):
+            own, column = annotation["category_id"], -1
+            if candidates.any():
+                winner = competitors[candidates.argmax()]["category_id"]
+                column = 0 if winner == own else 1 + group_of[winner]
+            matrix[group_of[own], column] += 1
+    return matrix
 
 
 def draw_comparison(
     images: Sequence[Mapping],
-    annotations: Mapping[int, Sequence[Mapping]],
-    detections: Mapping[str, Mapping[int, Sequence[Mapping]]],
-    class_labels: Mapping[int, str],
-    rare_classes: frozenset[int],
+    annotations: Mapping[Hashable, Sequence[Mapping]],
+    detections: Mapping[str, Mapping[Hashable, Sequence[Mapping]]],
+    class_labels: Mapping[Hashable, str],
+    rare_classes: frozenset,
     path: str | Path,
     min_score: float = 0.3,
 ) -> None:
@@ -65,59 +119,51 @@ def draw_comparison(
         path: the picture to write.
         min_score: detections below it are left out, the same for all models.
     """
-    columns = ["ground truth", *detections]
-    figure = Figure(figsize=(3 * len(columns), 3.15 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), len(columns), squeeze=False)
-    for row, image in zip(grid, images, strict=True):
-        truth = annotations[image["id"]]
+    import cv2
+
+    from .drawing import draw_boxes, grid
+
+    def draw(pixels, shown, colors, title, legend):
+        corners = _boxes(shown)
+        corners[:, 2:] += corners[:, :2]
+        ids = [box["category_id"] for box in shown]
+        labels, is_rare = [class_labels[i] for i in ids], [i in rare_classes for i in ids]
+        return draw_boxes(pixels, corners, labels, colors, is_rare, title, legend, min_side=330)
+
+    titles = ["ground truth", *detections]
+    legends = [
+        [("object (thick: rare class)", TRUTH)],
+        [(f"right (score {min_score} or more)", RIGHT), ("wrong", WRONG)],
+        *([()] * len(detections)),
+    ]
+    rows = []
+    for image in images:
+        truth = annotations.get(image["id"], ())
         pixels = read_image(image["file_name"], format="RGB")
-        for axes, column in zip(row, columns, strict=True):
-            axes.imshow(pixels, interpolation="bilinear")
-            axes.set_axis_off()
-            if column == "ground truth":
-                shown, colors = truth, [_TRUTH] * len(truth)
-            else:
-                found = detections[column].get(image["id"], ())
-                shown = [d for d in found if d["score"] >= min_score]
-                shown.sort(key=lambda d: -d["score"])
-                right = label_detections(
-                    np.array([d["bbox"] for d in shown]),
-                    [d["category_id"] for d in shown],
-                    np.array([a["bbox"] for a in truth]),
-                    [a["category_id"] for a in truth],
-                )
-                colors = [_RIGHT if r else _WRONG for r in right]
-            for box, color in zip(shown, colors, strict=True):
-                _draw_box(axes, box, color, class_labels, rare_classes)
-    for axes, column in zip(grid[0], columns, strict=True):
-        axes.set_title(column, fontsize=11)
-    figure.supxlabel(
-        f"Blue: right (IoU of 0.5 or more), orange: wrong; scores of {min_score} or more. "
-        "Thick: rare classes.",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=110)
+        row = []
+        for title, legend in zip(titles, legends, strict=False):
+            shown, colors = truth, [TRUTH] * len(truth)
+            if row:
+                found = detections[title].get(image["id"], ())
+                shown = sorted(found, key=lambda d: -d["score"])
+                shown = [d for d in shown if d["score"] >= min_score]
+                classes, of_truth = ([box["category_id"] for box in s] for s in (shown, truth))
+                right = label_detections(_boxes(shown), classes, _boxes(truth), of_truth)
+                colors = [RIGHT if r else WRONG for r in right]
+            frame = title if not rows else "", legend if image is images[-1] else ()
+            row.append(draw(pixels, shown, colors, *frame))
+        rows.append(row)
+    _, encoded = cv2.imencode(Path(path).suffix, grid(rows)[:, :, ::-1])
+    with write_atomically(path, "wb") as file:
+        file.write(encoded.tobytes())
 
 
-def _draw_box(axes, box, color, class_labels, rare_classes) -> None:
-    x, y, w, h = box["bbox"]
-    is_rare = box["category_id"] in rare_classes
-    axes.add_patch(
-        Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=2.6 if is_rare else 1.1)
-    )
-    axes.text(
-        x,
-        y,
-        class_labels[box["category_id"]],
-        fontsize=8,
-        color="white",
-        verticalalignment="bottom",
-        bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-    )
+def _boxes(rows: Sequence[Mapping]) -> np.ndarray:
+    return np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
 
 
-def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    low = np.maximum(box[:2], others[:, :2])
-    high = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:])
-    overlap = np.clip(high - low, 0, None).prod(axis=1)
-    return overlap / (box[2:].prod() + others[:, 2:].prod(axis=1) - overlap)
+def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of each box with each: (N, 4) and (M, 4) give (N, M)."""
+    a, b = (torch.as_tensor(np.asarray(x)).float().reshape(-1, 4) for x in (a, b))
+    corners = [Boxes(torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], dim=1)) for x in (a, b)]
+    return pairwise_iou(*corners).numpy()

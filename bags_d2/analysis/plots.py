@@ -1,20 +1,21 @@
-"""Charts, in the colour-blind-safe palette of Okabe and Ito."""
+"""Charts. Each is written whole or not at all; texts are drawn as they are."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.bins import bin_index
-from .groups import bin_names
+from ..errors import ConfigError
+from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, bin_index
+from ..utils.files import write_atomically
+from ..utils.text import printable
+from .grouping import bin_names
+from .palette import BETTER, RUN_COLORS, WORSE, bin_color
 
 __all__ = [
-    "BIN_COLORS",
-    "COLORS",
     "plot_ap_bins",
     "plot_class_ap_change",
     "plot_class_counts",
@@ -24,139 +25,107 @@ __all__ = [
     "plot_winning_groups",
 ]
 
-COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00")
-# Of groups by training count: the rarer, the warmer.
-BIN_COLORS = (
-    "#D55E00",
-    "#E69F00",
-    "#009E73",
-    "#0072B2",
-    "#CC79A7",
-    "#56B4E9",
-    "#999999",
-    "#000000",
-)
+_FORMATS = (".pdf", ".png", ".svg")
+_MARKERS = "os^Dvp"
+_SHOWN_POINTS = 1000  # of a loss curve
+_SHOWN_LOSSES = 48
 
 
 def plot_ap_bins(
-    metrics: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float | None]],
     path: str | Path,
-    thresholds: Sequence[int] = (10, 100, 1000),
+    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
     title: str = "",
+    task: str = "bbox",
 ) -> None:
     """Bars of AP in each bin of training instances, one colour for each method.
 
     Args:
-        metrics: for each method its measures in percent, with AP1, AP2, ..., bAP.
+        metrics: for each method its measures in percent, with AP1, AP2, ..., bAP; None is "-".
         path: the picture to write; its suffix gives the format.
         thresholds: edges of the bins.
         title: heading of the chart.
+        task: "bbox" or "segm".
     """
     labels = bin_names(thresholds)
     keys = [*(f"AP{i + 1}" for i in range(len(labels))), "bAP"]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
     width = 0.8 / len(metrics)
     # A gap before bAP: it is the mean of the bars to its left, not a further bin.
     centers = np.array([*range(len(labels)), len(labels) + 0.4])
-    for i, (name, measured) in enumerate(metrics.items()):
-        offset = (i - (len(metrics) - 1) / 2) * width
-        heights = [measured.get(key) or 0.0 for key in keys]
-        bars = axes.bar(centers + offset, heights, width * 0.94, label=name, color=_color(i))
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
-    axes.set_xticks(centers, [*labels, "mean of the\nbins (bAP)"])
-    axes.set_xlabel("training instances of a class")
-    axes.set_ylabel("box AP (%)")
-    _finish(axes, title)
-    figure.savefig(path, dpi=150)
+    with _figure(path, 8, 4) as figure:
+        axes = figure.subplots()
+        for i, (name, measured) in enumerate(metrics.items()):
+            offset = (i - (len(metrics) - 1) / 2) * width
+            values = [measured.get(key) for key in keys]
+            bars = axes.bar(
+                centers + offset, [v or 0.0 for v in values], width * 0.94, color=_color(i)
+            )
+            bars.set_label(_label(name))
+            texts = ["-" if v is None else f"{v:.1f}" for v in values]
+            axes.bar_label(bars, texts, fontsize=8, padding=1)
+        axes.set_xticks(centers, [*labels, "mean of the\nbins (bAP)"])
+        axes.set_xlabel("training instances of a class")
+        axes.set_ylabel(f"{'mask' if task == 'segm' else 'box'} AP (%)")
+        _finish(axes, title)
 
 
 def plot_weight_norms(
     norms: Mapping[str, Sequence[float]],
     counts: Sequence[int],
     path: str | Path,
-    thresholds: Sequence[int] = (10, 100, 1000),
+    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
     title: str = "",
 ) -> None:
-    """Classifier weight norm of each class against its training count.
-
-    Args:
-        norms: for each method K norms.
-        counts: K training instances.
-        path: the picture to write.
-        thresholds: edges of the bins, drawn as lines.
-        title: heading of the chart.
-    """
-    counts = np.asarray(counts)
-    order = np.argsort(counts, kind="stable")
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    markers = "os^Dvp"
-    for i, (name, values) in enumerate(norms.items()):
-        values = np.asarray(values)
-        axes.plot(
-            np.maximum(counts[order], 1),
-            values[order],
-            markers[i % len(markers)],
-            color=_color(i),
-            markersize=5,
-            label=f"{name} (largest / smallest = {values.max() / max(values.min(), 1e-9):.1f})",
-        )
-    for edge in thresholds:
-        axes.axvline(edge, color="0.8", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("training instances of a class (grey lines: edges of the groups)")
-    axes.set_ylabel("L2 norm of the class's weights")
-    _finish(axes, title)
-    figure.savefig(path, dpi=150)
+    """Classifier weight norm of each class (for each method, K of them) against its K counts."""
+    with _figure(path, 8, 4) as figure:
+        axes = figure.subplots()
+        for i, (name, values) in enumerate(norms.items()):
+            values = np.asarray(values)
+            ratio = values.max() / max(values.min(), 1e-9)
+            axes.plot(
+                _on_log_axis(counts), values, _MARKERS[i % len(_MARKERS)], color=_color(i),
+                markersize=5 if len(values) < 200 else 3, alpha=0.8,
+                label=f"{_label(name)} (largest / smallest = {ratio:.1f})",
+            )  # fmt: skip
+        _count_axis(axes, counts, thresholds)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("L2 norm of the class's weights")
+        _finish(axes, title)
 
 
 def plot_class_counts(
     counts: Sequence[int], thresholds: Sequence[int], path: str | Path, by: str = "instances"
 ) -> None:
-    """Training count of every class, from the most frequent on, coloured by group.
+    """Training count (K of them, ``by`` what) of every class, the most frequent first, by group."""
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
-    Args:
-        counts: K counts.
-        thresholds: edges of the groups.
-        path: the picture to write.
-        by: what is counted, for the axis.
-    """
     counts = np.sort(np.asarray(counts))[::-1]
     groups = bin_index(counts, thresholds)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    # Classes without any have no place on a logarithmic axis: they are drawn below 1, named "0".
-    floor = 0.5
-    axes.bar(
-        range(len(counts)),
-        np.maximum(counts, floor * 1.3) - floor,
-        width=1.0,
-        bottom=floor,
-        color=[BIN_COLORS[g % len(BIN_COLORS)] for g in groups],
-    )
+    sizes = np.bincount(groups, minlength=len(thresholds) + 1)
     handles = [
-        Patch(
-            color=BIN_COLORS[g % len(BIN_COLORS)],
-            label=f"{name}: {n} {'class' if n == 1 else 'classes'}",
-        )
-        for g, name in enumerate(bin_names(thresholds))
-        for n in [(groups == g).sum()]
+        Patch(color=bin_color(g), label=f"{name}: {n:,} {'class' if n == 1 else 'classes'}")
+        for g, (name, n) in enumerate(zip(bin_names(thresholds), sizes, strict=True))
     ]
-    for edge in thresholds:
-        axes.axhline(edge, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set_yscale("log")
-    axes.set_ylim(floor, max(counts.max(), 1) * 2)
-    axes.set_xlim(-0.5, len(counts) - 0.5)
-    decades = [10**i for i in range(len(str(counts.max())))]
-    zero = [floor * 1.15] if counts.min() == 0 else []
-    axes.set_yticks([*zero, *decades], [*("0" for _ in zero), *(f"{d:,}" for d in decades)])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("classes, from the most frequent to the rarest")
-    axes.set_ylabel(f"training {by} (log scale)")
-    _finish(axes, f"{len(counts):,} classes in groups by training {by}", handles=handles[::-1])
-    figure.savefig(path, dpi=150)
+    with _figure(path, 8, 4) as figure:
+        axes = figure.subplots()
+        # Classes without any have no place on a logarithmic axis: they are drawn below 1.
+        floor = 0.5
+        heights = np.maximum(counts, floor * 1.3) - floor
+        colors = [bin_color(g) for g in groups]
+        axes.bar(range(len(counts)), heights, width=1.0, bottom=floor, color=colors)
+        for edge in thresholds:
+            axes.axhline(edge, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set_yscale("log")
+        axes.set_ylim(floor, max(counts.max(), 1) * 2)
+        axes.set_xlim(-0.5, len(counts) - 0.5)
+        zero = {floor * 1.15: "0"} if counts.min() == 0 else {}
+        ticks = zero | {10**i: f"{10**i:,}" for i in range(len(str(counts.max())))}
+        axes.set_yticks(list(ticks), list(ticks.values()))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("classes, from the most frequent to the rarest")
+        axes.set_ylabel(f"training {by} (log scale)")
+        _finish(axes, f"{len(counts):,} classes in groups by training {by}", handles=handles[::-1])
 
 
 def plot_class_ap_change(
@@ -165,7 +134,7 @@ def plot_class_ap_change(
     after: Sequence[float],
     labels: tuple[str, str],
     path: str | Path,
-    thresholds: Sequence[int] = (10, 100, 1000),
+    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> None:
     """How AP of each class changes between two runs, against its training count.
 
@@ -180,121 +149,97 @@ def plot_class_ap_change(
     counts, change = np.asarray(counts), np.asarray(after) - np.asarray(before)
     known = ~np.isnan(change)
     counts, change = counts[known], change[known]
-    position = np.maximum(counts, 0.5)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for sign, color, what in ((1, "#0072B2", "better"), (-1, "#D55E00", "worse")):
-        chosen = np.sign(change) == sign
-        axes.vlines(position[chosen], 0, change[chosen], color=color, linewidth=1, alpha=0.5)
-        axes.plot(
-            position[chosen], change[chosen], "o" if sign > 0 else "v", color=color, markersize=4,
-            label=f"{what} with {labels[1]} ({chosen.sum()} classes)",
-        )  # fmt: skip
-    axes.axhline(0, color="0.4", linewidth=0.8)
-    bounds = [
-        0.4,
-        *thresholds,
-        max(position.max(initial=1.0), thresholds[-1] if thresholds else 1) * 2,
-    ]
+    position = _on_log_axis(counts)
+    first, second = map(_label, labels)
+    largest = max(position.max(initial=1.0), *thresholds, 1)
+    bounds = [0.4, *thresholds, largest * 2]
     bins = bin_index(counts, thresholds)
-    for i in range(len(bounds) - 1):
-        if not (bins == i).any():
-            continue
-        mean = change[bins == i].mean()
-        axes.hlines(mean, bounds[i] * 1.05, bounds[i + 1] / 1.05, color="black", linewidth=2.5,
-                    label="mean of the bin" if i == bins.min() else None)  # fmt: skip
-        axes.annotate(
-            f"{mean:+.1f}",
-            (np.sqrt(bounds[i] * bounds[i + 1]), mean),
-            xytext=(0, 5 if mean >= 0 else -14),
-            textcoords="offset points",
-            ha="center",
-            fontsize=10,
-            fontweight="bold",
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
-        )
-    for edge in thresholds:
-        axes.axvline(edge, color="0.85", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xlabel("training instances of a class (grey lines: edges of the bins)")
-    axes.set_ylabel(f"AP({labels[1]}) - AP({labels[0]}), points")
-    _finish(axes, f"AP of each class: {labels[0]} to {labels[1]}")
-    figure.savefig(path, dpi=150)
+    with _figure(path, 8, 4.2) as figure:
+        axes = figure.subplots()
+        for sign, color, what in ((1, BETTER, "better"), (-1, WORSE, "worse")):
+            x, y = (values[np.sign(change) == sign] for values in (position, change))
+            axes.vlines(x, 0, y, color=color, linewidth=1, alpha=0.5)
+            label = f"{what} with {second} ({len(x)} classes)"
+            axes.plot(x, y, "o" if sign > 0 else "v", color=color, markersize=4, label=label)
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        for i in np.unique(bins):
+            mean, (low, high) = change[bins == i].mean(), bounds[i : i + 2]
+            label = "mean of the bin" if i == bins.min() else None
+            axes.hlines(mean, low * 1.05, high / 1.05, color="black", linewidth=2.5, label=label)
+            axes.annotate(
+                f"{mean:+.1f}", (np.sqrt(low * high), mean),
+                xytext=(0, 5 if mean >= 0 else -14), textcoords="offset points",
+                ha="center", fontsize=10, fontweight="bold",
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+        _count_axis(axes, counts, thresholds)
+        axes.set_ylabel(f"change of AP, {first} to {second} (points)")
+        _finish(axes, f"AP of each class: {first} to {second}")
 
 
 def plot_winning_groups(
     matrices: Mapping[str, np.ndarray], thresholds: Sequence[int], path: str | Path
 ) -> None:
-    """Which group won where an object is, as a heat map for each run.
-
-    Args:
-        matrices: for each run counts (G, G + 2) of objects: rows are the object's group; columns
-            the right class, a wrong class of each group, nothing.
-        thresholds: edges of the groups.
-        path: the picture to write.
-    """
+    """For each run what :func:`.detections.winning_groups` counted, as a heat map."""
     names = bin_names(thresholds)
     columns = ["right\nclass", *(f"wrong,\n{name}" for name in names), "missed"]
-    figure = Figure(
-        figsize=(1.2 + 4.4 * len(matrices), 1.9 + 0.55 * len(names)), layout="constrained"
-    )
-    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (label, matrix) in zip(grid, matrices.items(), strict=True):
-        totals = matrix.sum(axis=1)
-        share = matrix / np.maximum(totals, 1)[:, None]
-        picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(share):
-            if totals[i]:
+    width = max(4.4, 0.75 * len(columns)) * len(matrices)
+    with _figure(path, 1.2 + width, 1.9 + 0.55 * len(names)) as figure:
+        grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axes, (label, matrix) in zip(grid, matrices.items(), strict=True):
+            totals = matrix.sum(axis=1)
+            share = matrix / np.maximum(totals, 1)[:, None]
+            picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            for (i, j), value in np.ndenumerate(share):
+                text = f"{value:.0%}" if totals[i] else "-"
                 color = "white" if value > 0.55 else "black"
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=color, fontsize=9)
-        axes.set_xticks(range(len(columns)), columns, fontsize=8)
-        axes.set_yticks(
-            range(len(names)),
-            [f"{n}\n({t:,} objects)" for n, t in zip(names, totals, strict=True)],
-            fontsize=8,
-        )
-        axes.tick_params(length=0)
-        axes.set_title(label, fontsize=11)
-        axes.spines[:].set_visible(False)
-    grid[0].set_ylabel("object's class, by training instances", fontsize=9)
-    figure.supxlabel("what scores highest where the object is (IoU of at least 0.5)", fontsize=9)
-    figure.colorbar(picture, ax=grid, label="share of the objects", shrink=0.9)
-    figure.savefig(path, dpi=150)
+                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
+            rows = [f"{n}\n({t:,} objects)" for n, t in zip(names, totals, strict=True)]
+            axes.set_xticks(range(len(columns)), columns, fontsize=8)
+            axes.set_yticks(range(len(names)), rows, fontsize=8)
+            axes.tick_params(length=0)
+            axes.set_title(_label(label), fontsize=11)
+            axes.spines[:].set_visible(False)
+        grid[0].set_ylabel("object's class, by training instances", fontsize=9)
+        figure.supxlabel("what scores highest where the object is (IoU of 0.5 or more)", fontsize=9)
+        figure.colorbar(picture, ax=grid, label="share of the objects", shrink=0.9)
 
 
 def plot_losses(
     histories: Mapping[str, Mapping[str, Mapping[int, float]]], path: str | Path
 ) -> None:
-    """Losses over the iterations, a panel for each loss and a line for each run.
+    """A panel for each loss and a smoothed line for each run.
 
     Args:
-        histories: for each run, for each loss its value by iteration; nothing for a run that
-            logged none.
+        histories: for each run, for each loss its value by iteration; {} if it logged none.
         path: the picture to write.
     """
     names = sorted({name for history in histories.values() for name in history})
     names.sort(key=lambda name: (name.startswith("bags/"), name != "total_loss"))
-    rows = -(-len(names) // 3)
-    figure = Figure(figsize=(12, 0.6 + 2.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, squeeze=False).flat
-    for axes, name in zip(panels, names, strict=False):
-        for i, (label, history) in enumerate(histories.items()):
-            if name in history:
-                iterations, values = zip(*sorted(history[name].items()), strict=True)
-                axes.plot(iterations, _running_median(values), color=_color(i), label=label)
-        axes.set_title(name, fontsize=10)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("iteration", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(panels):
-        axes.set_visible(False)
-    handles = [
-        Line2D([], [], color=_color(i), label=label)
-        for i, (label, history) in enumerate(histories.items())
-        if history
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    names = names[:_SHOWN_LOSSES]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    with _figure(path, 4 * columns, 0.6 + 2.4 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, names, strict=False):
+            for i, history in enumerate(histories.values()):
+                if name in history:
+                    points = np.array(sorted(history[name].items()))
+                    x, y = _thinned(points).T
+                    axes.plot(x, y, color=_color(i), alpha=0.25, linewidth=0.8)
+                    axes.plot(x, _running_median(y), color=_color(i))
+            axes.set_title(_label(name), fontsize=10)
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+            axes.set_xlabel("iteration", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        handles = [
+            axes.plot([], [], color=_color(i), label=_label(label))[0]
+            for i, (label, history) in enumerate(histories.items())
+            if history
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
 
 
 def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: str) -> None:
@@ -308,29 +253,54 @@ def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: s
         label: of the AP axis.
     """
     bins = sorted(key for key in rows[0] if key.startswith("AP") and key[2:] in set("123456789"))
-    series = [*zip(bins, COLORS, "os^D", strict=False), ("bAP", "black", "|")]
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    series = [*zip(bins, RUN_COLORS, "os^D", strict=False), ("bAP", "black", "|")]
     lines = np.arange(len(rows))
-    for key, color, marker in series:
-        means = [row[key]["mean"] if row[key]["mean"] is not None else np.nan for row in rows]
-        spreads = [row[key]["std"] or 0.0 for row in rows]
-        size = 14 if key == "bAP" else 6
-        axes.errorbar(
-            means, lines, xerr=spreads, fmt=marker, color=color, markersize=size, label=key
-        )
-    axes.set_yticks(lines, [f"{row['method']}  ({row['trained']})" for row in rows], fontsize=9)
-    axes.invert_yaxis()
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(f"{label}; bars: standard deviation over seeds")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=11)
-    figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with _figure(path, 8, 1.6 + 0.3 * len(rows)) as figure:
+        axes = figure.subplots()
+        for key, color, marker in series:
+            means = [row[key]["mean"] if row[key]["mean"] is not None else np.nan for row in rows]
+            spreads = [row[key]["std"] or 0.0 for row in rows]
+            size = 14 if key == "bAP" else 6
+            axes.errorbar(
+                means, lines, xerr=spreads, fmt=marker, color=color, markersize=size, label=key
+            )
+        names = [f"{_label(row['method'])}  ({row['trained']})" for row in rows]
+        axes.set_yticks(lines, names, fontsize=9)
+        axes.invert_yaxis()
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"{label}; bars: standard deviation over seeds")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(printable(title), fontsize=11)
+        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
 
 
-def _running_median(values: Sequence[float], share: float = 0.05) -> np.ndarray:
+@contextlib.contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator:
+    """A figure of so many inches, saved once the block ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if Path(path).suffix not in _FORMATS:
+        raise ConfigError(f"'{path}' must end in {', '.join(_FORMATS)}.")
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that the font lacks
+        warnings.filterwarnings("ignore", "constrained_layout", UserWarning)  # very long names
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150, format=Path(path).suffix[1:])
+    with write_atomically(path, "wb") as file:
+        file.write(content.getvalue())
+
+
+def _thinned(points: np.ndarray) -> np.ndarray:
+    """At most so many points as a picture shows, each the median of its neighbours."""
+    parts = np.array_split(points, min(len(points), _SHOWN_POINTS))
+    return np.array([np.median(part, axis=0) for part in parts])
+
+
+def _running_median(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Median of each value's neighbourhood, a share of the whole wide."""
     half = max(int(len(values) * share / 2), 1)
     return np.array(
@@ -338,11 +308,34 @@ def _running_median(values: Sequence[float], share: float = 0.05) -> np.ndarray:
     )
 
 
+def _on_log_axis(counts: Sequence[int]) -> np.ndarray:
+    """Where counts stand on a logarithmic axis: none at a half, below one."""
+    return np.maximum(counts, 0.5)
+
+
+def _count_axis(axes, counts: Sequence[int], thresholds: Sequence[int]) -> None:
+    for edge in thresholds:
+        axes.axvline(edge, color="0.85", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    largest = int(max([*counts, *thresholds, 1]))
+    zero = {0.5: "0"} if len(counts) and min(counts) == 0 else {}
+    ticks = zero | {10**i: f"{10**i:,}" for i in range(len(str(largest)))}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("training instances of a class (grey lines: edges of the groups)")
+
+
 def _color(i: int) -> str:
-    return COLORS[i % len(COLORS)]
+    return RUN_COLORS[i % len(RUN_COLORS)]
+
+
+def _label(text: str, longest: int = 60) -> str:
+    """A name as a chart shows it: one line, not too long, and no "_" first, which hides it."""
+    text = printable(text).lstrip("_")
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _finish(axes, title: str, **legend) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(printable(title), fontsize=11)
     axes.legend(frameon=False, fontsize=9, **legend)

@@ -1,26 +1,25 @@
 """One self-contained HTML page about one or several evaluated runs."""
 
 import datetime
-import json
-import logging
 import math
+import reprlib
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
-from jinja2 import Environment, PackageLoader
 
+from ..checkpoint.files import read_model_weights
 from ..config import add_bags_config
-from ..engine.checkpoint_file import read_model_weights
 from ..errors import BagsError, ConfigError
+from ..utils.files import write_atomically
+from ..utils.text import printable
 from .classifier import class_weight_norms
 from .crops import choose_crops, cut_crops
-from .groups import bin_names
+from .detections import group_by, winning_groups
+from .grouping import bin_names
 from .plots import (
     plot_ap_bins,
     plot_class_ap_change,
@@ -28,20 +27,26 @@ from .plots import (
     plot_weight_norms,
     plot_winning_groups,
 )
-from .runs import Run, winning_groups
+from .runs import (
+    EvaluatedRun,
+    check_comparable,
+    configured_thresholds,
+    flat_items,
+    loss_history,
+    read_ground_truth,
+)
 
-__all__ = ["write_report"]
+__all__ = ["write_html_report"]
 
-logger = logging.getLogger(__name__)
-
-_FIRST_MEASURES = ("AP", "AP50", "AP75", "bAP", "APr", "APc", "APf")
+_MEASURES = ("AP", "AP50", "AP75")
+_FREQUENCIES = ("APr", "APc", "APf")
 _CROPS_PER_KIND = 4
 
 
-def write_report(
-    runs: Sequence[Run],
+def write_html_report(
+    runs: Sequence[EvaluatedRun],
     path: str | Path,
-    thresholds: Sequence[int] = (10, 100, 1000),
+    thresholds: Sequence[int] | None = None,
     max_crops: int = 1500,
 ) -> None:
     """Write the report.
@@ -51,17 +56,22 @@ def write_report(
     Args:
         runs: evaluated on the same classes, with labels of their own.
         path: the HTML file.
-        thresholds: edges of the bins of training instances.
+        thresholds: edges of the bins of training instances; None takes those of the runs' configs.
         max_crops: most crops of images; the classes that differ most between the first and the
             last run, or those with the lowest AP, get theirs first.
 
     Raises:
         ConfigError: if the runs are of different classes, or share a label.
+        DataError: if the page cannot be written; one that was there before stays.
     """
-    _check(runs)
+    from jinja2 import Environment, PackageLoader
+
+    check_comparable(runs)
+    if thresholds is None:
+        thresholds = configured_thresholds(runs)
     first = runs[0]
+    bins = {run.label: run.bin_measures(thresholds) for run in runs}
     crops, crops_note = _crops(runs, max_crops)
-    names = _measure_names(runs)
     environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -74,136 +84,94 @@ def write_report(
         dataset=first.dataset,
         task=first.task,
         date=datetime.date.today().isoformat(),
-        measure_names=names,
-        measures=_measures(runs, names),
         bins=bin_names(thresholds),
+        **_measures(runs, bins),
         config=_config(runs),
-        charts=_charts(runs, thresholds),
+        charts=_charts(runs, bins, thresholds),
         class_columns=_class_columns(runs),
         classes=_classes(runs, crops),
         crops_note=crops_note,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    with write_atomically(path) as file:
+        # Folders can have names that are no text.
+        file.write(html.encode("utf-8", "replace").decode("utf-8"))
 
 
-def _check(runs: Sequence[Run]) -> None:
-    labels = [run.label for run in runs]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(f"Runs share a name among {', '.join(labels)}; add --labels.")
-    for run in runs[1:]:
-        if (run.dataset, run.category_ids) != (runs[0].dataset, runs[0].category_ids):
-            raise ConfigError(
-                f"'{runs[0].folder}' ({runs[0].dataset}) and '{run.folder}' ({run.dataset}) were "
-                "not evaluated on the same classes."
-            )
-
-
-# --- measures and config -------------------------------------------------------------------------
-
-
-def _measure_names(runs: Sequence[Run]) -> list[str]:
-    known = {name for run in runs for name, value in run.measures.items() if value is not None}
-    bins = sorted(n for n in known if n.startswith("AP") and n[2:].isdigit() and len(n) == 3)
-    return [n for n in (*_FIRST_MEASURES[:3], *bins, *_FIRST_MEASURES[3:]) if n in known]
-
-
-def _measures(runs: Sequence[Run], names: Sequence[str]) -> list[dict]:
-    best = {
-        name: max(
-            (v for run in runs if (v := run.measures.get(name)) is not None), default=math.inf
-        )
-        for name in names
-    }
-    return [
+def _measures(runs: Sequence[EvaluatedRun], bins: dict[str, dict]) -> dict[str, list]:
+    """Names and rows of the table of measures; AP1, AP2, ... are those of the report's bins."""
+    names = [*_MEASURES, *bins[runs[0].label], *_FREQUENCIES]
+    values = {r.label: [(r.measures | bins[r.label]).get(name) for name in names] for r in runs}
+    columns = zip(*values.values(), strict=True)
+    best = [max((v for v in column if v is not None), default=None) for column in columns]
+    shown = [i for i, value in enumerate(best) if value is not None]
+    rows = [
         {
-            "label": run.label,
+            "label": label,
             "cells": [
-                {
-                    "text": "-" if (value := run.measures.get(name)) is None else f"{value:.1f}",
-                    "best": len(runs) > 1 and value == best[name],
-                }
-                for name in names
+                {"text": _text(of[i], ".1f"), "best": len(runs) > 1 and of[i] == best[i]}
+                for i in shown
             ],
         }
-        for run in runs
+        for label, of in values.items()
     ]
+    return {"measure_names": [names[i] for i in shown], "measures": rows}
 
 
-def _config(runs: Sequence[Run]) -> dict:
+def _config(runs: Sequence[EvaluatedRun]) -> dict:
     """Keys whose values differ between the runs; of one run, those that are not defaults."""
-    configs = []
+    configs = {run.label: run.config() for run in runs}
     for run in runs:
-        try:
-            content = yaml.safe_load((run.folder / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
+        if not configs[run.label]:
             return {"rows": [], "absent": f"'{run.folder}' has no readable config.yaml."}
-        configs.append(_flatten(content))
-    columns = [run.label for run in runs]
     if len(runs) == 1:
         cfg = get_cfg()
         add_bags_config(cfg)
-        configs.append(_flatten(yaml.safe_load(cfg.dump())))
-        columns.append("default")
-    keys = sorted(set().union(*configs) - {"OUTPUT_DIR"})
-    rows = [(key, [str(c.get(key, "-")) for c in configs]) for key in keys]
-    rows = [row for row in rows if len(set(row[1])) > 1]
-    return {"rows": rows, "columns": columns, "absent": "Nothing but the folder."}
-
-
-def _flatten(node: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        configs["default"] = dict(flat_items(yaml.safe_load(cfg.dump())))
+    short = reprlib.Repr()  # what aliases stand for can be endless
+    short.maxlevel, short.maxlist, short.maxstring = 4, 40, 200
+    rows = []
+    for key in sorted(set().union(*configs.values()) - {"OUTPUT_DIR"}):
+        values = [of.get(key, "-") for of in configs.values()]
+        texts = [printable(v)[:500] if isinstance(v, str) else short.repr(v) for v in values]
+        if len(set(texts)) > 1:
+            rows.append((printable(key), texts))
+    return {"rows": rows, "columns": list(configs), "absent": "Nothing but the folder."}
 
 
 # --- charts --------------------------------------------------------------------------------------
 
 
-def _charts(runs: Sequence[Run], thresholds: Sequence[int]) -> list[dict]:
-    first, last = runs[0], runs[-1]
-    charts = []
-    if any(run.measures.get("bAP") is not None for run in runs):
-        measures = {run.label: run.measures for run in runs}
-        charts.append(
-            _chart("AP by training instances", lambda p: plot_ap_bins(measures, p, thresholds))
-        )
-    counted = not (first.training_instances < 0).any()
-    if counted:
-        charts.append(_chart("Classifier weights", lambda p: _plot_norms(runs, thresholds, p)))
-    if counted and len(runs) > 1:
-        charts.append(
-            _chart(
+def _charts(
+    runs: Sequence[EvaluatedRun], bins: dict[str, dict], thresholds: Sequence[int]
+) -> list[dict]:
+    first, last, ends = runs[0], runs[-1], runs[:1] + runs[1:][-1:]
+    counts = first.training_instances
+    by_count = [
+        (
+            "AP by training instances",
+            lambda path: plot_ap_bins(bins, path, thresholds, task=first.task),
+        ),
+        ("Classifier weights", lambda path: _plot_norms(runs, thresholds, path)),
+        (
+            "What scores highest where an object is, by groups of training instances",
+            lambda path: _plot_winners(ends, thresholds, path),
+        ),
+    ]
+    if len(runs) > 1:
+        by_count.insert(
+            2,
+            (
                 f"AP of each class, {first.label} to {last.label}",
-                lambda p: plot_class_ap_change(
-                    first.training_instances,
-                    first.ap,
-                    last.ap,
-                    (first.label, last.label),
-                    p,
-                    thresholds,
+                lambda path: plot_class_ap_change(
+                    counts, first.ap, last.ap, (first.label, last.label), path, thresholds
                 ),
-                wide=True,
-            )
+            ),
         )
-    if counted:
-        charts.append(
-            _chart(
-                "What scores highest where an object is, by groups of training instances",
-                lambda p: _plot_winners([first, last] if len(runs) > 1 else [first], thresholds, p),
-                wide=True,
-            )
-        )
-    charts.append(_chart("Losses in training", lambda p: _plot_losses(runs, p), wide=True))
-    return charts
+    charts = [_chart(*chart, wide=i > 1) for i, chart in enumerate(by_count) if first.is_counted]
+    return [*charts, _chart("Losses in training", lambda path: _plot_losses(runs, path), wide=True)]
 
 
-def _chart(caption: str, draw: Callable[[Path], None], wide: bool = False) -> dict:
+def _chart(caption: str, draw: Callable[[Path], None], wide: bool) -> dict:
     """A chart as SVG; what it lacks, if a file that it needs is not there."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chart.svg"
@@ -215,135 +183,120 @@ def _chart(caption: str, draw: Callable[[Path], None], wide: bool = False) -> di
     return {"caption": caption, "svg": svg[svg.index("<svg") :], "wide": wide}
 
 
-def _plot_norms(runs: Sequence[Run], thresholds: Sequence[int], path: Path) -> None:
-    norms = {
-        run.label: class_weight_norms(read_model_weights(_weights(run)), len(run.names))
-        for run in runs
-    }
-    plot_weight_norms(norms, runs[0].training_instances, path, thresholds, "Classifier weights")
+def _plot_norms(runs: Sequence[EvaluatedRun], thresholds: Sequence[int], path: Path) -> None:
+    norms = {}
+    for run in runs:
+        # What a run trained or, if it only evaluated, the checkpoint that it evaluated.
+        weights = run.folder / "model_final.pth"
+        evaluated = run.config().get("MODEL.WEIGHTS")
+        if not weights.is_file() and isinstance(evaluated, str) and evaluated:
+            weights = Path(evaluated)
+        norms[run.label] = class_weight_norms(read_model_weights(weights), len(run.names))
+    plot_weight_norms(norms, runs[0].training_instances, path, thresholds)
 
 
-def _weights(run: Run) -> Path:
-    """What a run trained or, if it only evaluated, the checkpoint that it evaluated."""
-    trained = run.folder / "model_final.pth"
-    config = run.folder / "config.yaml"
-    if trained.is_file() or not config.is_file():
-        return trained
-    evaluated = _flatten(yaml.safe_load(config.read_text())).get("MODEL.WEIGHTS")
-    return Path(evaluated or trained)
-
-
-def _plot_winners(runs: Sequence[Run], thresholds: Sequence[int], path: Path) -> None:
-    count_of = dict(zip(runs[0].category_ids, runs[0].training_instances.tolist(), strict=True))
-    truth = runs[0].ground_truth()["annotations"]
+def _plot_winners(runs: Sequence[EvaluatedRun], thresholds: Sequence[int], path: Path) -> None:
+    images = read_ground_truth(runs[0]).values()
+    truth = [annotation for image in images for annotation in image["annotations"]]
     matrices = {
-        run.label: winning_groups(truth, run.detections(), count_of, thresholds) for run in runs
+        run.label: winning_groups(truth, run.detections(), run.count_of, thresholds) for run in runs
     }
     plot_winning_groups(matrices, thresholds, path)
 
 
-def _plot_losses(runs: Sequence[Run], path: Path) -> None:
-    histories = {run.label: _loss_history(run.folder) for run in runs}
+def _plot_losses(runs: Sequence[EvaluatedRun], path: Path) -> None:
+    histories = {run.label: loss_history(run.folder) for run in runs}
     if not any(histories.values()):
         raise ConfigError("no run has a metrics.json with losses; evaluation alone writes none.")
     plot_losses(histories, path)
 
 
-def _loss_history(folder: Path) -> dict[str, dict[int, float]]:
-    """For each loss its value by iteration; of an iteration that was repeated, the last."""
-    history: dict[str, dict[int, float]] = defaultdict(dict)
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line at which a run was killed
-        for name, value in row.items():
-            if name.removeprefix("bags/").startswith("loss_") or name == "total_loss":
-                history[name][row["iteration"]] = value
-    return dict(history)
-
-
 # --- classes -------------------------------------------------------------------------------------
 
 
-def _class_columns(runs: Sequence[Run]) -> list[str]:
+def _class_columns(runs: Sequence[EvaluatedRun]) -> list[str]:
     change = [f"{runs[-1].label} - {runs[0].label}"] if len(runs) > 1 else []
     aps = [f"AP {run.label}" for run in runs]
     return ["class", "training instances", "validation instances", *aps, *change]
 
 
-def _classes(runs: Sequence[Run], crops: dict[int, list[dict]]) -> list[dict]:
+def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list[dict]]) -> list[dict]:
     """Rows of the table, the rarest class first."""
-    first = runs[0]
+    first, last = runs[0], runs[-1]
     rows = []
-    for i in np.argsort(first.training_instances, kind="stable"):
-        aps = [run.ap[i] for run in runs]
-        change = [aps[-1] - aps[0]] if len(runs) > 1 else []
+    for i in np.argsort(first.training_instances, kind="stable").tolist():
         trained = first.training_instances[i]
         cells = [
-            _cell(trained if trained >= 0 else math.nan, ",.0f"),
+            _cell(trained if trained >= 0 else None, ",.0f"),
             _cell(first.validation_instances[i], ",.0f"),
-            *(_cell(ap, ".1f") for ap in aps),
-            *(_cell(c, "+.1f") for c in change),
+            *(_cell(run.ap[i], ".1f") for run in runs),
+            *([_cell(last.ap[i] - first.ap[i], "+.1f")] if len(runs) > 1 else []),
         ]
-        rows.append({"name": first.names[i], "cells": cells, "crops": crops.get(int(i))})
+        name = printable(first.names[i]) or f"class {first.category_ids[i]}"
+        rows.append(
+            {"name": name, "cells": cells, "crops": crops.get(i), "untrained": trained == 0}
+        )
     return rows
 
 
-def _cell(value: float, style: str) -> dict:
-    if math.isnan(value):
-        return {"value": "", "text": "-"}
-    return {"value": float(value), "text": format(value, style)}
+def _cell(value: float | None, style: str) -> dict:
+    text = _text(value, style)
+    return {"value": "" if text == "-" else float(value), "text": text}
 
 
-def _crops(runs: Sequence[Run], max_crops: int) -> tuple[dict[int, list[dict]], str]:
+def _text(value: float | None, style: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, style)
+
+
+def _crops(runs: Sequence[EvaluatedRun], max_crops: int) -> tuple[dict[int, list[dict]], str]:
     """Crops of each class by its position, and a sentence about them."""
     first = runs[0]
     try:
-        truth = first.ground_truth()
-        detections = [_by_class(run.detections()) for run in runs]
-        files = {r["image_id"]: r["file_name"] for r in DatasetCatalog.get(first.dataset)}
-    except (BagsError, OSError, KeyError) as error:
+        images = read_ground_truth(first)
+        detections = [group_by(run.detections(), "category_id") for run in runs]
+    except (BagsError, OSError) as error:
         return {}, f"No crops: {error}"
-    annotations = _by_class(a for a in truth["annotations"] if not a.get("iscrowd", 0))
-    images = {image["id"]: image for image in truth["images"]}
+    truth: dict[Hashable, dict[Hashable, list]] = {}
+    for image_id, image in images.items():
+        for annotation in image["annotations"]:
+            if not annotation["iscrowd"]:
+                of_class = truth.setdefault(annotation["category_id"], {})
+                of_class.setdefault(image_id, []).append(annotation)
     chosen: dict[int, list[list]] = {}
-    total = 0
+    left = max_crops
     for i in _by_interest(runs):
         category = first.category_ids[i]
-        objects: dict[int, list] = defaultdict(list)
-        for annotation in annotations.get(category, ()):
-            objects[annotation["image_id"]].append(annotation)
-        of_class = [
-            choose_crops(category, objects, d.get(category, ()), images, _CROPS_PER_KIND)
+        of_runs = [
+            choose_crops(
+                category, truth.get(category, {}), d.get(category, ()), images, _CROPS_PER_KIND
+            )
             for d in detections
         ]
-        size = sum(map(len, of_class))
-        if total + size > max_crops:
+        left -= sum(map(len, of_runs))
+        if left < 0:
             break
-        total += size
-        chosen[i] = of_class
-    cut = cut_crops({c for rows in chosen.values() for row in rows for c in row}, files)
-    if not cut and total:
+        chosen[i] = of_runs
+    cut = cut_crops(
+        {crop for of_runs in chosen.values() for of_run in of_runs for crop in of_run},
+        {image_id: image["file_name"] for image_id, image in images.items()},
+    )
+    if not cut and any(map(any, chosen.values())):
         return {}, f"No crops: the images of '{first.dataset}' cannot be read here."
     crops = {
         i: [
             {
                 "label": run.label,
                 "crops": [
-                    {"kind": c.kind, "text": c.text, "source": cut[c]} for c in row if c in cut
+                    {"kind": c.kind, "text": c.text, "source": cut[c]} for c in of_run if c in cut
                 ],
             }
-            for run, row in zip(runs, rows, strict=True)
+            for run, of_run in zip(runs, of_runs, strict=True)
         ]
-        for i, rows in chosen.items()
+        for i, of_runs in chosen.items()
     }
     left_out = len(first.names) - len(chosen)
     note = (
-        f"A click on a class shows up to {_CROPS_PER_KIND} of its best right (solid) and wrong "
+        f"Click a class to see up to {_CROPS_PER_KIND} of its best right (solid) and wrong "
         "(dashed) detections at an IoU of 0.5, and of its objects that were missed (dotted: no "
         "right detection scores 0.3)."
     )
@@ -352,14 +305,7 @@ def _crops(runs: Sequence[Run], max_crops: int) -> tuple[dict[int, list[dict]], 
     return crops, note
 
 
-def _by_interest(runs: Sequence[Run]) -> list[int]:
+def _by_interest(runs: Sequence[EvaluatedRun]) -> list[int]:
     """Positions of the classes: those that changed most first, of one run those of lowest AP."""
     interest = np.abs(runs[-1].ap - runs[0].ap) if len(runs) > 1 else -runs[0].ap
     return np.argsort(-np.nan_to_num(interest, nan=-math.inf), kind="stable").tolist()
-
-
-def _by_class(rows) -> dict[int, list[dict]]:
-    grouped = defaultdict(list)
-    for row in rows:
-        grouped[row["category_id"]].append(row)
-    return grouped

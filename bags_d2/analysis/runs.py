@@ -1,89 +1,169 @@
-"""What evaluated runs left in their folders, and what tells two of them apart.
+"""What evaluated runs left in their folders, which may hold anything.
 
-Shapes: K classes, G groups by training count.
+Shapes: K classes.
 """
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
-from pycocotools import mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
+from ..data.datasets import dataset_annotations, register_from_config
 from ..engine.setup import setup_cfg
-from ..errors import ConfigError, DataError, MissingFileError
-from ..evaluation.bins import bin_index
-from ..utils.files import load_json
+from ..errors import BagsError, ConfigError, DataError, MissingFileError
+from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, ap_per_bin, balanced_ap
+from ..utils.files import load_json, load_yaml, require_file
+from ..utils.text import printable
 
-__all__ = ["Run", "read_run", "register_data_sets", "winning_groups"]
+__all__ = [
+    "EvaluatedRun",
+    "check_comparable",
+    "configured_thresholds",
+    "flat_items",
+    "loss_history",
+    "read_ground_truth",
+    "read_run",
+    "read_runs",
+    "register_data_sets",
+]
 
 RESULT_FILES = ("lvis_instances_results.json", "coco_instances_results.json")
+# Of coordinates, scores, counts and losses; whatever is larger is no number of a run.
+_LARGEST = 1e12
+# What reading fields of unknown shape raises.
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, csv.Error)
 
 
 @dataclass(frozen=True)
-class Run:
-    """An evaluated run.
-
-    Attributes:
-        label: what to call it.
-        folder: its OUTPUT_DIR.
-        dataset: the evaluated data set.
-        task: "bbox" or "segm".
-        measures: AP, AP1, ..., in percent; None where undefined.
-        category_ids: K ids of the annotation file, ascending.
-        names: K class names.
-        training_instances: (K,) int; -1 unknown.
-        validation_instances: (K,) int.
-        ap: (K,) AP in percent, NaN where a class is not evaluated.
-    """
+class EvaluatedRun:
+    """An evaluation of a model on a data set."""
 
     label: str
-    folder: Path
+    folder: Path  # the OUTPUT_DIR
     dataset: str
-    task: str
-    measures: Mapping[str, float | None]
-    category_ids: list[int]
-    names: list[str]
-    training_instances: np.ndarray
-    validation_instances: np.ndarray
-    ap: np.ndarray
+    task: str  # "bbox" or "segm"
+    measures: Mapping[str, float | None]  # AP, AP50, ..., in percent; None where undefined
+    category_ids: list[Hashable]  # K, of the annotation file
+    names: list[str]  # K
+    training_instances: np.ndarray  # (K,); -1 unknown
+    validation_instances: np.ndarray  # (K,)
+    ap: np.ndarray  # (K,) in percent, NaN where a class is not evaluated
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the training instances of its classes are known."""
+        return not (self.training_instances < 0).any()
+
+    @property
+    def count_of(self) -> dict[Hashable, int]:
+        """Training instances by category id."""
+        return dict(zip(self.category_ids, self.training_instances.tolist(), strict=True))
+
+    def bin_measures(self, thresholds: Sequence[int]) -> dict[str, float | None]:
+        """AP1, AP2, ... and bAP by any bins of training instances; None for empty ones."""
+        if not self.is_counted:
+            return {}
+        bins = ap_per_bin(self.ap, self.training_instances, thresholds)
+        bins["bAP"] = balanced_ap(bins)
+        return {name: None if np.isnan(ap) else ap for name, ap in bins.items()}
+
+    def config(self) -> dict[str, Any]:
+        """Its ``config.yaml``, nested keys joined by dots; {} if there is none that can be read."""
+        try:
+            return dict(flat_items(load_yaml(self.folder / "config.yaml")))
+        except (BagsError, OSError):
+            return {}
 
     def detections(self) -> list[dict]:
-        """Its detections in COCO's results format.
+        """Its detections in COCO's results format, of the evaluated classes.
 
         Raises:
             MissingFileError: if their file is gone.
+            DataError: if it is not what evaluation writes.
         """
         folder = self.folder / "inference" / self.dataset
-        for name in RESULT_FILES:
-            if (folder / name).is_file():
-                return load_json(folder / name)
-        raise MissingFileError(f"'{folder}' has no detections ({' or '.join(RESULT_FILES)}).")
-
-    def ground_truth(self) -> dict:
-        """Content of the data set's annotation file.
-
-        Raises:
-            ConfigError: if the data set is not registered, or has no annotation file.
-            MissingFileError: if the file does not exist.
-        """
-        path = MetadataCatalog.get(self.dataset).get("json_file")
+        path = next((folder / n for n in RESULT_FILES if (folder / n).is_file()), None)
         if path is None:
-            raise ConfigError(
-                f"Data set '{self.dataset}' of '{self.folder}' is not registered here; add "
-                "--config-file with the config of the run."
-            )
-        if not Path(path).is_file():
-            raise MissingFileError(f"'{path}', the ground truth of '{self.dataset}', is missing.")
-        return load_json(path)
+            raise MissingFileError(f"'{folder}' has no detections ({' or '.join(RESULT_FILES)}).")
+        known = set(self.category_ids)
+        try:
+            rows = [
+                {
+                    "image_id": _id(row["image_id"]),
+                    "category_id": _id(row["category_id"]),
+                    "bbox": _box(row["bbox"]),
+                    "score": _number(row["score"]),
+                }
+                for row in load_json(path)
+            ]
+        except _MALFORMED as error:
+            raise DataError(
+                f"'{path}' does not hold detections ({error!r:.200}); evaluate again."
+            ) from None
+        return [row for row in rows if row["category_id"] in known]
+
+
+def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
+    """Images of the data set that a run was evaluated on, by id, as Detectron2's records.
+
+    Annotations have the category ids of the annotation file, and the image's id as well.
+
+    Raises:
+        ConfigError: if the data set is not registered.
+        MissingFileError: if its annotation file does not exist.
+        DataError: if it cannot be read.
+    """
+    name = run.dataset
+    if name not in DatasetCatalog:
+        raise ConfigError(
+            f"Data set '{name}' of '{run.folder}' is not registered here; add --config-file with "
+            "the config of the run."
+        )
+    known = set(run.category_ids)
+    try:
+        read = dataset_annotations(name)
+        records = DatasetCatalog.get(name)
+        to_contiguous = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") or {}
+        id_of = {c: _id(i) for i, c in to_contiguous.items()}
+        images = {}
+        for record in records:
+            image_id = record["image_id"]
+            image_id = _id(image_id if read is None else read.images.outside_of(image_id))
+            annotations = [
+                {
+                    "image_id": image_id,
+                    "category_id": id_of.get(a["category_id"], a["category_id"]),
+                    "bbox": _box(BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)),
+                    "iscrowd": a.get("iscrowd", 0),
+                }
+                for a in record["annotations"]
+            ]
+            federated = {
+                key: {
+                    _id(i if read is None else read.categories.outside_of(i)) for i in record[key]
+                }
+                for key in ("neg_category_ids", "not_exhaustive_category_ids")
+                if key in record
+            }
+            images[image_id] = {"file_name": record["file_name"], **federated}
+            images[image_id]["annotations"] = [a for a in annotations if a["category_id"] in known]
+    except BagsError:
+        raise
+    except (*_MALFORMED, AssertionError, OSError) as error:
+        raise DataError(f"The ground truth of '{name}' cannot be read ({error!r:.200}).") from None
+    return images
 
 
 def read_run(
     folder: str | Path, label: str | None = None, dataset: str | None = None, task: str = "bbox"
-) -> Run:
+) -> EvaluatedRun:
     """Read what evaluation has left in an OUTPUT_DIR.
 
     Args:
@@ -98,116 +178,172 @@ def read_run(
         DataError: if a file is not what evaluation writes.
     """
     folder = Path(folder)
-    tables = sorted(folder.glob(f"inference/*/per_class_{task}.csv"))
-    found = [path.parent.name for path in tables]
-    if dataset is None and len(found) > 1:
+    pattern = f"inference/*/per_class_{task}.csv"
+    tables = {path.parent.name: path for path in sorted(folder.glob(pattern))}
+    if dataset is None and len(tables) > 1:
         raise ConfigError(
-            f"'{folder}' has evaluations of {', '.join(found)}; name one (--dataset)."
+            f"'{folder}' has evaluations of {', '.join(tables)}; name one (--dataset)."
         )
-    if not found or (dataset is not None and dataset not in found):
+    if not tables or (dataset is not None and dataset not in tables):
         what = f"of '{dataset}' " if dataset else ""
         raise MissingFileError(
-            f"'{folder}' has no {task} evaluation {what}(inference/*/per_class_{task}.csv); run "
+            f"'{folder}' has no {task} evaluation {what}({pattern}); run "
             "train_net.py --eval-only with this OUTPUT_DIR."
         )
-    dataset = dataset or found[0]
-    path = folder / "inference" / dataset / f"per_class_{task}.csv"
+    dataset = dataset or next(iter(tables))
     results = load_json(folder / "inference" / "results.json")
-    measures = results.get(dataset, results).get(task)
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
-        return Run(
-            label=label or folder.name,
+        measures = results.get(dataset, results)[task]
+        with open(require_file(tables[dataset]), newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        run = EvaluatedRun(
+            label=printable(label or folder.resolve().name),
             folder=folder,
             dataset=dataset,
             task=task,
-            measures=dict(measures),
-            category_ids=[int(row["category_id"]) for row in rows],
+            measures={name: _number_or_none(value) for name, value in measures.items()},
+            category_ids=[_id(row["category_id"]) for row in rows],
             names=[row["name"] for row in rows],
-            training_instances=np.array([int(row["training_instances"] or -1) for row in rows]),
-            validation_instances=np.array([int(row["validation_instances"]) for row in rows]),
+            training_instances=np.array([_count(row["training_instances"], -1) for row in rows]),
+            validation_instances=np.array([_count(row["validation_instances"], 0) for row in rows]),
             ap=np.array([float(row["AP"] or "nan") for row in rows]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if not rows or len(set(run.category_ids)) < len(rows) or np.isinf(run.ap).any():
+            raise ValueError("no classes, one of them twice, or an infinite AP")
+        return run
+    except _MALFORMED as error:
         raise DataError(
-            f"'{path}' or 'results.json' beside it is not what evaluation writes ({error!r}); "
-            "evaluate again."
+            f"'{tables[dataset]}' or 'results.json' beside it is not what evaluation writes "
+            f"({error!r:.200}); evaluate again."
         ) from None
 
 
-def register_data_sets(folder: str | Path, config_file: str | None = None) -> None:
-    """Register what a run's config registers (``DATASETS.REGISTER``), to find its ground truth.
-
-    Args:
-        folder: the run's OUTPUT_DIR, whose ``config.yaml`` is read if there is one.
-        config_file: another config to take in its place.
+def read_runs(
+    folders: Sequence[Path],
+    labels: Sequence[str] | None = None,
+    dataset: str | None = None,
+    task: str = "bbox",
+    config_file: str | None = None,
+) -> list[EvaluatedRun]:
+    """Read the runs that a command names, and register the data sets of the first one.
 
     Raises:
-        MissingFileError: if ``config_file`` does not exist.
-        ConfigError: if the config is faulty.
+        ConfigError: if labels are too few or too many, or the runs cannot be compared; for the
+            rest see :func:`read_run` and :func:`register_data_sets`.
+    """
+    labels = labels or [None] * len(folders)
+    if len(labels) != len(folders):
+        raise ConfigError(f"--labels names {len(labels)} runs, but there are {len(folders)}.")
+    register_data_sets(folders[0], config_file)
+    runs = [read_run(f, n, dataset, task) for f, n in zip(folders, labels, strict=True)]
+    check_comparable(runs)
+    return runs
+
+
+def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
+    """Refuse runs that share a name, or are of different classes (ConfigError)."""
+    labels = [run.label for run in runs]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"Runs share a name among {', '.join(labels)}; add --labels.")
+    for run in runs[1:]:
+        if (run.dataset, run.category_ids) != (runs[0].dataset, runs[0].category_ids):
+            raise ConfigError(
+                f"'{runs[0].folder}' ({runs[0].dataset}) and '{run.folder}' ({run.dataset}) were "
+                "not evaluated on the same classes."
+            )
+
+
+def register_data_sets(folder: str | Path, config_file: str | None = None) -> None:
+    """Register what the ``config.yaml`` of an OUTPUT_DIR registers, or that of another config.
+
+    Raises:
+        MissingFileError, ConfigError: if the config is missing or faulty.
     """
     own = Path(folder) / "config.yaml"
-    if config_file or own.is_file():
-        setup_cfg(argparse.Namespace(config_file=config_file or str(own), opts=[]))
+    if config_file:
+        setup_cfg(argparse.Namespace(config_file=config_file, opts=[]))
+    elif own.is_file():
+        rows = dict(flat_items(load_yaml(own))).get("DATASETS.REGISTER") or ()
+        if not isinstance(rows, list | tuple):
+            raise ConfigError(f"'{own}': DATASETS.REGISTER must be a list; add --config-file.")
+        register_from_config(rows)
 
 
-def winning_groups(
-    ground_truth: Sequence[Mapping],
-    detections: Sequence[Mapping],
-    training_instances: Mapping[int, int],
-    thresholds: Sequence[int],
-    iou_threshold: float = 0.5,
-) -> np.ndarray:
-    """For each object: what scored highest where it is.
+def configured_thresholds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
+    """The edges of the class groups in the runs' configs: the last run's that states them."""
+    for run in reversed(runs):
+        edges = run.config().get("MODEL.BAGS.GROUP_THRESHOLDS")
+        is_list = isinstance(edges, list) and all(type(e) is int for e in edges)
+        if is_list and edges == sorted(set(edges)) and all(0 < e < _LARGEST for e in edges):
+            return tuple(edges)
+    return DEFAULT_COUNT_THRESHOLDS
 
-    All classes compete: of the detections that overlap an object enough, the one of the highest
-    score wins (the first of equals), whatever its class.
 
-    Args:
-        ground_truth: annotations with "image_id", "category_id" and "bbox"; crowds are left out.
-        detections: results with "image_id", "category_id", "bbox" and "score".
-        training_instances: training count by category id.
-        thresholds: edges of the groups.
-        iou_threshold: least overlap of boxes.
+def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
+    """The losses in an OUTPUT_DIR's ``metrics.json``: for each its value by iteration.
 
-    Returns:
-        Counts of objects (G, G + 2): rows are groups of the objects; columns the right class, a
-        wrong class of each group, and nothing.
+    The last one logged counts. Lines that are cut off, as where a run was killed, and values that
+    are no numbers are left out.
     """
-    ids = sorted(training_instances)
-    group_of = dict(
-        zip(ids, bin_index([training_instances[i] for i in ids], thresholds), strict=True)
-    )
-    matrix = np.zeros((len(thresholds) + 1, len(thresholds) + 3), dtype=np.int64)
-    found = _by_image(detections)
-    objects = _by_image(a for a in ground_truth if not a.get("iscrowd", 0))
-    for image, of_image in objects.items():
-        competitors = sorted(found.get(image, ()), key=lambda d: -d["score"])
-        if competitors:
-            overlaps = mask_util.iou(
-                np.array([d["bbox"] for d in competitors], dtype=np.float64),
-                np.array([a["bbox"] for a in of_image], dtype=np.float64),
-                [0] * len(of_image),
-            )
-            enough = overlaps >= iou_threshold  # (detections, objects)
-            winners = np.where(enough.any(axis=0), enough.argmax(axis=0), -1)
+    history: dict[str, dict[int, float]] = {}
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        return history
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                iteration = int(_number(row["iteration"]))
+                numbers = {name: _number_or_none(value) for name, value in row.items()}
+            except (*_MALFORMED, RecursionError):
+                continue
+            for name, value in numbers.items():
+                is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
+                if is_loss and value is not None:
+                    history.setdefault(printable(name), {})[iteration] = value
+    return history
+
+
+def flat_items(
+    node: Any, prefix: str = "", left: list[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Keys joined by dots, with their values; the first 5,000, since aliases can stand for more."""
+    left = [5000] if left is None else left
+    for key, value in node.items() if isinstance(node, dict) else ():
+        left[0] -= 1
+        if left[0] < 0:
+            return
+        if isinstance(value, dict) and prefix.count(".") < 20:
+            yield from flat_items(value, f"{prefix}{key}.", left)
         else:
-            winners = np.full(len(of_image), -1)
-        for annotation, winner in zip(of_image, winners, strict=True):
-            own = annotation["category_id"]
-            if winner < 0:
-                column = -1
-            elif competitors[winner]["category_id"] == own:
-                column = 0
-            else:
-                column = 1 + group_of[competitors[winner]["category_id"]]
-            matrix[group_of[own], column] += 1
-    return matrix
+            yield f"{prefix}{key}", value
 
 
-def _by_image(rows) -> dict[int, list]:
-    grouped: dict[int, list] = {}
-    for row in rows:
-        grouped.setdefault(row["image_id"], []).append(row)
-    return grouped
+def _id(value: Any) -> Hashable:
+    """An id as an integer, if it can be one, since a table does not tell 7 from "7"."""
+    if not isinstance(value, int | str):
+        raise TypeError(f"an id of {value!r:.50}")
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
+def _number(value: Any) -> float:
+    # NaN is within no limit.
+    if not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise ValueError(f"a number of {value!r:.50}")
+    return float(value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return _number(value) if isinstance(value, int | float) and abs(value) < _LARGEST else None
+
+
+def _count(text: str, if_unknown: int) -> int:
+    return int(_number(int(text))) if text else if_unknown
+
+
+def _box(values: Sequence[Any]) -> tuple[float, float, float, float]:
+    x, y, width, height = map(_number, values)
+    return x, y, width, height

@@ -35,6 +35,9 @@ def add_bags_config(cfg: CfgNode) -> None:
     # JSON with the training count of each class: a list in contiguous class order, or an object
     # {class name: count}. "" counts the data sets of DATASETS.TRAIN.
     cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
+    # How the groups' softmaxes become class scores: by the "paper", each group for itself, or
+    # "joint", all classes in one softmax relative to their groups' "others". Both need no training.
+    cfg.MODEL.BAGS.MERGE = "paper"
     # What a cascade averages over its stages: raw "logits" (the authors) or "probs" (Detectron2).
     cfg.MODEL.BAGS.CASCADE_AVERAGE = "logits"
 

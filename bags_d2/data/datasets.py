@@ -9,8 +9,10 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
 from .annotations import AnnotationSet, read_annotations
-from .glyphs import PRESETS
 from .lvis_v1 import lvis_v1_counts
+
+# What datasets/prepare_glyphs.py draws.
+GLYPH_SETS = ("glyphs", "glyphs_lvis", "glyphs_tiny")
 
 __all__ = [
     "adopt",
@@ -38,7 +40,7 @@ _DETECTRON2_LOADERS = {
 _SOURCES = {
     "lvis": "download it from https://www.lvisdataset.org/dataset",
     "coco": "download it from https://cocodataset.org/#download",
-    "glyphs": "build it with 'python tools/build_glyphs.py {preset}'",
+    "glyphs": "build it with 'python datasets/prepare_glyphs.py {preset}'",
 }
 
 
@@ -224,7 +226,7 @@ def register_builtin_datasets(root: str) -> None:
     Args:
         root: the folder of data sets, Detectron2's ``DETECTRON2_DATASETS``.
     """
-    for preset in PRESETS:
+    for preset in GLYPH_SETS:
         folder = os.path.join(root, preset)
         for split in ("train", "val"):
             register_lvis_format(

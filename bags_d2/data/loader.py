@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import DataError, MissingFileError
-from ..seeding import isolated_generators, step_seed
+from ..utils.seeding import isolated_generators, step_seed
 from .build import training_records
 from .images import check_image
 from .samplers import EpochOrder, EpochSampler, epoch_order

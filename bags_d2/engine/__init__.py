@@ -1,6 +1,6 @@
 """Trainer, checkpointing and the choice of what trains."""
 
-from .checkpoint import LongTailCheckpointer
+from ..checkpoint import LongTailCheckpointer
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
 from .setup import argument_parser, check_files, log_changed_settings, setup_cfg

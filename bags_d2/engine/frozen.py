@@ -40,7 +40,8 @@ def skip_frozen_parts(model: nn.Module) -> list[str]:
         # Labelling and sampling of anchors stay: they draw random numbers, and cost little.
         rpn.losses = _no_losses
         skipped.append("RPN losses")
-    if isinstance(heads, StandardROIHeads) and _skip_box_regression(heads):
+    if isinstance(heads, StandardROIHeads) and _regression_is_frozen(heads):
+        heads.box_predictor.classification_only = True
         skipped.append("box regression")
     if isinstance(heads, FrozenBranches):
         for branch in ("mask", "keypoint"):
@@ -56,14 +57,13 @@ def skip_frozen_parts(model: nn.Module) -> list[str]:
     return skipped
 
 
-def _skip_box_regression(heads: StandardROIHeads) -> bool:
-    predictor = heads.box_predictor
+def _regression_is_frozen(heads: StandardROIHeads) -> bool:
     # A cascade's stages refine the boxes of the next, and some heads train on predicted boxes.
-    needed = isinstance(heads, CascadeROIHeads) or heads.train_on_pred_boxes
-    if needed or not isinstance(predictor, FastRCNNOutputLayers):
+    if isinstance(heads, CascadeROIHeads) or heads.train_on_pred_boxes:
         return False
-    predictor.classification_only = not (_trains(heads.box_head) or _trains(predictor.bbox_pred))
-    return predictor.classification_only
+    predictor = heads.box_predictor
+    known = isinstance(predictor, FastRCNNOutputLayers)
+    return known and not (_trains(heads.box_head) or _trains(predictor.bbox_pred))
 
 
 def _trains(module: nn.Module) -> bool:

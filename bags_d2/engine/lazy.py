@@ -10,8 +10,8 @@ import torch
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
+from ..solver import clip_full_model
 from .frozen import skip_frozen_parts
-from .optimizer import clip_full_model
 from .trainable import freeze_norm_statistics, select_trainable_params
 
 __all__ = ["clipped_sgd", "trainable_params"]

@@ -14,12 +14,11 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .. import model_zoo
+from ..checkpoint import LongTailCheckpointer
 from ..config import find_config, run_name
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, DataError, MissingFileError
-from ..modeling.class_counts import ClassCounts
-from ..modeling.groups import ClassGroups
-from .checkpoint import LongTailCheckpointer
+from ..modeling.class_groups import ClassCounts, ClassGroups
 from .setup import check_device, setup_cfg
 
 __all__ = ["LongTailPredictor"]

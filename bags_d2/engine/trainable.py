@@ -30,29 +30,31 @@ def select_trainable_params(model: nn.Module, globs: Sequence[str]) -> list[str]
     Raises:
         ConfigError: if a glob matches nothing that can be trained.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = dict(model.named_parameters())
+    names = [name for name, p in parameters.items() if p.requires_grad]
     if not globs:
         return names
+    selected = set()
     for glob in globs:
         if not isinstance(glob, str):
             raise ConfigError(
                 f"MODEL.TRAINABLE_PARAMS must hold names with wildcards, found {glob!r}."
             )
-        if not fnmatch.filter(names, glob):
+        matches = fnmatch.filter(names, glob)
+        if not matches:
             raise ConfigError(
                 f"MODEL.TRAINABLE_PARAMS: '{glob}' matches no trainable parameter; names look like "
                 f"'{names[-1] if names else '(the model has none)'}'."
             )
-    selected = {name for glob in globs for name in fnmatch.filter(names, glob)}
-    for name, parameter in model.named_parameters():
+        selected.update(matches)
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in selected)
     trainable = [name for name in names if name in selected]
-    counts = {n: p.numel() for n, p in model.named_parameters()}
     logger.info(
         "Training %s of %s parameters (MODEL.TRAINABLE_PARAMS): %s",
-        f"{sum(counts[n] for n in trainable):,}",
-        f"{sum(counts.values()):,}",
-        ", ".join(f"{n} ({counts[n]:,})" for n in trainable),
+        f"{sum(parameters[n].numel() for n in trainable):,}",
+        f"{sum(p.numel() for p in parameters.values()):,}",
+        ", ".join(f"{n} ({parameters[n].numel():,})" for n in trainable),
     )
     return trainable
 
@@ -64,11 +66,7 @@ def freeze_norm_statistics(model: nn.Module) -> nn.Module:
     would drift. The conversion holds whoever calls ``model.train()`` afterwards, and the layers'
     names in the checkpoint stay the same.
 
-    Args:
-        model: changed in place, unless it is itself such a layer.
-
-    Returns:
-        The model.
+    The model is changed in place, unless it is itself such a layer, and returned.
     """
     for name, child in model.named_children():
         is_norm = isinstance(child, nn.modules.batchnorm._BatchNorm)

@@ -25,22 +25,21 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
+from ..checkpoint import LongTailCheckpointer
 from ..data.build import test_records, training_records
 from ..data.class_counts import training_class_counts, training_class_names
 from ..data.class_record import ClassRecord
 from ..data.loader import NamingDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
-from ..modeling.class_counts import ClassCounts
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
-from ..seeding import seed_generators, step_seed
+from ..solver import clip_full_model
 from ..utils.events import default_writers
 from ..utils.files import write_json
-from .checkpoint import LongTailCheckpointer
+from ..utils.seeding import seed_generators, step_seed
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .frozen import skip_frozen_parts
-from .optimizer import clip_full_model
 from .trainable import freeze_norm_statistics, select_trainable_params
 
 __all__ = ["BAGSTrainer"]
@@ -71,7 +70,7 @@ class BAGSTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        for module in _modules(model, ClassGroups, ClassCounts):
+        for module in _modules(model, ClassCounts):
             module.require_determined()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -326,7 +325,7 @@ def _classes_of(cfg: CfgNode, model: nn.Module) -> tuple[list[str] | None, torch
     record = records[0] if records else ClassRecord()
     names, counts = record.names, record.training_instances
     if cfg.MODEL.BAGS.COUNT_BY == "instances":
-        for module in _modules(model, ClassGroups, ClassCounts):
+        for module in _modules(model, ClassCounts):
             if bool((module.class_counts >= 0).all()):
                 counts = module.class_counts.tolist()
     if names is None:

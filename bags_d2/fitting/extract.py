@@ -27,13 +27,13 @@ from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..checkpoint import LongTailCheckpointer
 from ..data.build import training_records
 from ..data.loader import NamingDatasetMapper
-from ..engine.checkpoint import LongTailCheckpointer
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError
-from ..seeding import seed_generators
 from ..utils.files import lock_folder, write_json
+from ..utils.seeding import seed_generators
 from .cache import (
     IMAGES_PER_BATCH,
     IMAGES_PER_SHARD,

@@ -18,15 +18,15 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ..checkpoint.files import read_checkpoint
 from ..data.build import training_records
 from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
-from ..engine.checkpoint_file import read_checkpoint
 from ..engine.finite import GuardedSimpleTrainer
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError, NonFiniteLossError
-from ..seeding import seed_generators, step_seed
 from ..utils.files import lock_folder, write_atomically
+from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
 from .extract import load_frozen_detector

@@ -9,8 +9,8 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..checkpoint import LongTailCheckpointer
 from ..config import find_config
-from ..engine.checkpoint import LongTailCheckpointer
 from ..engine.setup import setup_cfg
 from ..errors import MissingFileError
 

@@ -1,12 +1,13 @@
 """Class groups and counts as LazyConfigs ask for them: by the name of a data set, not a config."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from ..data.class_counts import count_classes
 from ..errors import ConfigError
-from .groups import ClassGroups
+from .class_groups import ClassGroups
 
 __all__ = ["groups_of", "known_class_counts"]
 
@@ -14,19 +15,9 @@ __all__ = ["groups_of", "known_class_counts"]
 def known_class_counts(
     dataset_name: str, num_classes: int, by: str = "instances"
 ) -> torch.Tensor | None:
-    """Training count of each class of a data set; None where its annotations are not there.
+    """Training "instances" or "images" of each class of a registered data set, long (K,).
 
-    Args:
-        dataset_name: a registered data set.
-        num_classes: K.
-        by: "instances" or "images".
-
-    Returns:
-        Long tensor (K,), or None.
-
-    Raises:
-        ConfigError: if the data set has another number of classes.
-        DataError: if its annotation file is faulty.
+    None if its annotations are missing; ConfigError if it does not have ``num_classes`` classes.
     """
     try:
         return _counts(dataset_name, num_classes, by)
@@ -42,24 +33,10 @@ def groups_of(
 ) -> ClassGroups:
     """Class groups of a data set, for ``BAGSOutputLayers`` in a LazyConfig.
 
-    Where the annotations are not there, the groups are left to a checkpoint, as with a YAML.
-
-    Args:
-        dataset_name: the registered training set.
-        num_classes: K.
-        thresholds: see ``ClassGroups.from_counts``.
-        by: "instances" or "images".
-
-    Raises:
-        ConfigError: if the data set has another number of classes, or the thresholds are faulty.
-        DataError: if its annotation file is faulty.
+    Without the annotations the groups are left to a checkpoint.
     """
-    thresholds = tuple(thresholds)
-    try:
-        counts = _counts(dataset_name, num_classes, by)
-    except FileNotFoundError as error:
-        return ClassGroups.undetermined(num_classes, thresholds, str(error))
-    return ClassGroups.from_counts(counts, thresholds)
+    read_counts = functools.partial(_counts, dataset_name, num_classes, by)
+    return ClassGroups.from_source(read_counts, num_classes, tuple(thresholds))
 
 
 def _counts(dataset_name: str, num_classes: int, by: str) -> torch.Tensor:

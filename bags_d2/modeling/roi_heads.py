@@ -3,6 +3,9 @@
 Both classes are their parent in everything but the box predictor, so that any classifier of
 :data:`ROI_BOX_PREDICTOR_REGISTRY` serves Faster, Mask and Cascade R-CNN alike. As with the
 parents, each can be built from a config or from explicit keyword arguments.
+
+The private methods overridden here are where Detectron2's own heads differ from each other: the
+public ``from_config`` and ``forward`` could only be replaced by copies.
 """
 
 from detectron2.config import CfgNode, configurable
@@ -10,8 +13,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 
 from ..errors import ConfigError
+from ..layers import fast_rcnn_inference_topk
 from .box_predictors import build_box_predictor
-from .postprocessing import fast_rcnn_inference_topk
 
 __all__ = ["FrozenBranches", "LongTailCascadeROIHeads", "LongTailROIHeads"]
 
@@ -42,7 +45,7 @@ class LongTailROIHeads(FrozenBranches, StandardROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(_with_least_predictor(cfg), input_shape)
+        ret = super()._init_box_head(_with_minimal_predictor(cfg), input_shape)
         ret["box_predictor"] = build_box_predictor(cfg, ret["box_head"].output_shape)
         return ret
 
@@ -60,11 +63,8 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
     def __init__(self, *, average: str = "logits", **kwargs) -> None:
         """
         Args:
-            average: "logits" or "probs".
+            average: "logits" or "probs"; ConfigError for another value.
             **kwargs: as for ``CascadeROIHeads``.
-
-        Raises:
-            ConfigError: for another value of ``average``.
         """
         if average not in ("logits", "probs"):
             raise ConfigError(
@@ -81,14 +81,13 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(_with_least_predictor(cfg), input_shape)
+        ret = super()._init_box_head(_with_minimal_predictor(cfg), input_shape)
+        weights_of_stages = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
         ret["box_predictors"] = [
             build_box_predictor(
                 cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=weights)
             )
-            for head, weights in zip(
-                ret["box_heads"], cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS, strict=True
-            )
+            for head, weights in zip(ret["box_heads"], weights_of_stages, strict=True)
         ]
         return ret
 
@@ -124,8 +123,8 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
         return predictor.predict_probs((mean_logits, deltas), proposals)
 
 
-def _with_least_predictor(cfg: CfgNode) -> CfgNode:
-    """A config whose stock box predictor, which the parent builds to no use, costs nothing.
+def _with_minimal_predictor(cfg: CfgNode) -> CfgNode:
+    """A config whose stock box predictor, which the parent builds and this discards, costs nothing.
 
     Nor may it fail: federated loss would read the training set for it.
     """

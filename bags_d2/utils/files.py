@@ -6,6 +6,7 @@ from writing to one folder.
 """
 
 import contextlib
+import csv
 import errno
 import fcntl
 import functools
@@ -17,7 +18,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "lock_folder",
     "require_file",
     "write_atomically",
+    "write_csv",
     "write_json",
 ]
 
@@ -186,6 +188,16 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """
     with write_atomically(path) as file:
         file.write(dump_json(content))
+
+
+def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable]) -> None:
+    """Write a table as CSV (UTF-8) atomically.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    with write_atomically(path) as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 def content_hash(path: str | os.PathLike) -> str:

@@ -10,14 +10,9 @@ import torch
 from matplotlib import image as mpl_image
 
 from bags_d2 import ClassGroups, DataError
-from bags_d2.analysis import (
-    class_weight_norms,
-    draw_comparison,
-    label_detections,
-    plot_ap_bins,
-    plot_weight_norms,
-)
-from bags_d2.analysis.classifier import rank_correlation, remembered_counts
+from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, remembered_counts
+from bags_d2.analysis.detections import draw_comparison, label_detections
+from bags_d2.analysis.plots import plot_ap_bins, plot_weight_norms
 
 
 def test_weight_norms_of_a_softmax_leave_the_background_out():

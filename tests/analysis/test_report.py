@@ -1,6 +1,5 @@
 """The HTML report: what it says of runs, and that it works in a browser."""
 
-import csv
 import json
 import re
 import subprocess
@@ -10,20 +9,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from run_folders import write_run
 
 from bags_d2 import ConfigError
 from bags_d2.analysis.crops import choose_crops, cut_crops
-from bags_d2.analysis.report import write_report
+from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 NAMES = {3: "<script>alert(1)</script>", 8: "Bee", 20: "cat & dog", 21: "ähre"}
 COUNTS = {3: 5, 8: 50, 20: 700, 21: 5000}
-COLUMNS = [
-    *("category_id", "name", "frequency"),
-    *("training_instances", "validation_instances", "AP", "AP50"),
-]
 
 
 @pytest.fixture
@@ -36,29 +32,19 @@ def make_run(tmp_path, write_lvis, register):
     dataset = register("report_val", annotations, str(tmp_path))
 
     def make(name, aps):
-        folder = tmp_path / name
-        where = folder / "inference" / dataset
-        where.mkdir(parents=True)
-        with open(where / "per_class_bbox.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for (i, class_name), ap in zip(NAMES.items(), aps, strict=True):
-                cell = "" if ap is None else ap
-                writer.writerow((i, class_name, "", COUNTS[i], 1, cell, cell))
         measures = {"AP": aps[0], "AP50": 20.0, "AP1": None, "AP2": 1.0, "bAP": aps[0]}
-        (folder / "inference" / "results.json").write_text(json.dumps({"bbox": measures}))
         rows = [
             {"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.5},
             {"image_id": 2, "category_id": 20, "bbox": [15, 10, 3, 4], "score": 0.9},
         ]
-        (where / "lvis_instances_results.json").write_text(json.dumps(rows))
-        return folder
+        folder = tmp_path / name
+        return write_run(folder, dataset, NAMES, COUNTS, aps, rows, measures)
 
     return make
 
 
 def page_of(path, folders, **options):
-    write_report([read_run(folder) for folder in folders], path, **options)
+    write_html_report([read_run(folder) for folder in folders], path, **options)
     return path.read_text(encoding="utf-8")
 
 
@@ -109,11 +95,11 @@ def test_runs_that_cannot_be_compared_are_refused(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     run = read_run(folder)
     with pytest.raises(ConfigError, match="share a name"):
-        write_report([run, run], tmp_path / "r.html")
+        write_html_report([run, run], tmp_path / "r.html")
     other = read_run(folder, label="other")
     other.category_ids.append(99)
     with pytest.raises(ConfigError, match="not evaluated on the same classes"):
-        write_report([run, other], tmp_path / "r.html")
+        write_html_report([run, other], tmp_path / "r.html")
 
 
 def _box(image_id, box, score=None):

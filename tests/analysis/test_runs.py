@@ -1,26 +1,23 @@
 """What runs left behind, and which group won where an object is."""
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
+from bags_d2.analysis.detections import winning_groups
 from bags_d2.analysis.plots import plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import read_run, winning_groups
+from bags_d2.analysis.runs import read_ground_truth, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
-COLUMNS = [
-    *("category_id", "name", "frequency"),
-    *("training_instances", "validation_instances", "AP", "AP50"),
-]
 
 
 def _iou(a, b):
@@ -89,23 +86,13 @@ def make_run(tmp_path, write_lvis, register):
     dataset = register("runs_val", annotations)
 
     def make(name, aps, task="bbox"):
-        folder = tmp_path / name
-        where = folder / "inference" / dataset
-        where.mkdir(parents=True)
-        with open(where / f"per_class_{task}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for (i, class_name), ap in zip(names.items(), aps, strict=True):
-                cell = "" if ap is None else ap
-                writer.writerow((i, class_name, "", COUNT_OF[i], 1, cell, cell))
         measures = {"AP": 30.0, "AP1": 10.0, "AP2": None, "AP3": None, "AP4": 50.0, "bAP": 30.0}
-        (folder / "inference" / "results.json").write_text(json.dumps({task: measures}))
         rows = [
             {"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.5},
             {"image_id": 2, "category_id": 21, "bbox": [1, 2, 3, 4], "score": 0.5},
         ]
-        (where / "lvis_instances_results.json").write_text(json.dumps(rows))
-        return folder
+        folder = tmp_path / name
+        return write_run(folder, dataset, names, COUNT_OF, aps, rows, measures, task)
 
     make.annotations = annotations
     return make
@@ -120,9 +107,8 @@ def test_a_run_is_read(make_run):
     assert np.isnan(run.ap[1])
     assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
     assert len(run.detections()) == 2
-    matrix = winning_groups(
-        run.ground_truth()["annotations"], run.detections(), COUNT_OF, THRESHOLDS
-    )
+    truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
+    matrix = winning_groups(truth, run.detections(), COUNT_OF, THRESHOLDS)
     assert matrix.tolist() == [
         [0, 0, 1, 0, 1, 0],
         [1, 0, 0, 0, 0, 0],
@@ -194,4 +180,4 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
     assert "'runs_val' of" in without.stderr
     assert "add --config-file" in without.stderr
     same = _tool(first, first, "--output", out)
-    assert "Both runs are named 'one'" in same.stderr
+    assert "Runs share a name among one, one" in same.stderr

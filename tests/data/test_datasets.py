@@ -9,8 +9,7 @@ from detectron2.structures import BoxMode
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.data import load_lvis_format
 from bags_d2.data.class_counts import count_classes
-from bags_d2.data.datasets import register_from_config
-from bags_d2.data.glyphs import PRESETS
+from bags_d2.data.datasets import GLYPH_SETS, register_from_config
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 
 CONTENT = {
@@ -164,7 +163,7 @@ def test_a_file_that_is_no_lvis_file_is_refused_by_name(tmp_path, text):
         load_lvis_format(str(path), "", "lvis_format_faulty")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GLYPH_SETS)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_glyph_sets_are_registered(preset, split):
     name = f"{preset}_{split}"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bags_d2 import DataError, MissingFileError
 from bags_d2.data.loader import NamingDatasetMapper, ResumableSampler, build_resumable_loader
-from bags_d2.seeding import isolated_generators
+from bags_d2.utils.seeding import isolated_generators
 
 NUM_IMAGES = 23
 WIDE = [i % 3 == 0 for i in range(NUM_IMAGES)]

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from prepare_glyphs import build_glyphs
 
 from bags_d2 import BAGSTrainer
-from bags_d2.data.glyphs import build_glyphs
 from bags_d2.engine import setup_cfg
 from bags_d2.fitting import extract_features, fit_classifier
 

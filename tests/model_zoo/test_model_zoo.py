@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 
 from bags_d2 import BAGSOutputLayers, MissingFileError, model_zoo
-from bags_d2.engine.checkpoint_file import read_model_weights
+from bags_d2.checkpoint.files import read_model_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

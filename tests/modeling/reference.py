@@ -125,3 +125,20 @@ def merge(logits, counts, thresholds):
                 probs[c] = of_group[slot] * foreground
         merged.append([*probs, background])
     return merged
+
+
+def merge_joint(logits, counts, thresholds):
+    """R rows of K + 1 probabilities: one softmax over all classes, relative to "others"."""
+    groups = make_groups(counts, thresholds)
+    columns = make_columns(groups)
+    merged = []
+    for row in logits:
+        background, foreground = softmax([row[p] for p in group_columns(columns, groups, 0)])
+        margins = [0.0] * len(counts)
+        for g, members in enumerate(groups, 1):
+            others, *own = [row[p] for p in group_columns(columns, groups, g)]
+            for c, value in zip(members, own, strict=True):
+                margins[c] = value - others
+        _, *probs = softmax([0.0, *margins])  # the first is "none of the classes"
+        merged.append([*(p * foreground for p in probs), background])
+    return merged

@@ -152,20 +152,6 @@ def test_the_checkpoint_holds_the_groups_next_to_the_classifier():
     assert state["groups.thresholds"].tolist() == list(THRESHOLDS)
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"use_sigmoid_ce": True}, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE"),
-        ({"use_fed_loss": True}, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS"),
-    ],
-)
-def test_options_of_a_sigmoid_classifier_are_refused(tiny_cfg, options, key):
-    with pytest.raises(ConfigError, match=f"{key}=True"):
-        _predictor(**options)
-    with pytest.raises(ConfigError, match=f"{key}=True"):
-        BAGSOutputLayers(tiny_cfg(key, True), SHAPE)
-
-
 def test_groups_of_another_number_of_classes_are_refused(tiny_cfg):
     with pytest.raises(ConfigError, match=r"5 classes but MODEL\.ROI_HEADS\.NUM_CLASSES is 7"):
         _predictor(num_classes=7)
@@ -221,17 +207,6 @@ def test_losses_are_the_groups_sum_and_the_parents_box_loss(agnostic):
     torch.testing.assert_close(losses["loss_box_reg"], parents["loss_box_reg"])
 
 
-def test_gradients_reach_the_classifier_and_the_features():
-    predictor = _predictor()
-    proposals = _proposals([[0, 3, 1, K], [2, 4, K]])
-    features = _features(proposals).requires_grad_()
-    losses, _, _ = _losses(predictor, proposals, features)
-    losses["loss_cls"].backward()
-    assert (predictor.cls_score.weight.grad.abs().sum(dim=1) > 0).all()
-    assert (features.grad.abs().sum(dim=1) > 0).all()
-    assert predictor.bbox_pred.weight.grad is None
-
-
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 8.0])
 def test_the_sampling_ratio_reaches_the_loss(ratio):
     predictor = _predictor(others_sample_ratio=ratio)
@@ -278,22 +253,6 @@ def test_logged_statistics_are_those_of_the_used_rois(ratio):
     )
 
 
-@pytest.mark.parametrize(("iteration", "logs"), [(20, True), (40, True), (1, False), (39, False)])
-def test_statistics_are_logged_every_20_iterations(iteration, logs):
-    _, logged, _ = _losses(_predictor(), _proposals([[0, K]]), start_iter=iteration)
-    assert bool(logged) == logs
-
-
-@pytest.mark.parametrize("images", [[], [[]], [[], []]], ids=["no image", "one", "two"])
-def test_a_batch_without_proposals_has_losses_of_zero(images):
-    predictor = _predictor()
-    losses, logged, _ = _losses(predictor, _proposals(images))
-    assert losses["loss_cls"] == losses["loss_box_reg"] == 0
-    sum(losses.values()).backward()
-    assert (predictor.cls_score.weight.grad == 0).all()
-    assert logged == {}
-
-
 def test_background_alone_needs_no_ground_truth_boxes():
     predictor = _predictor()
     losses, logged, _ = _losses(predictor, _proposals([[K, K, K]], with_gt_boxes=False))
@@ -313,18 +272,6 @@ def test_predict_probs_splits_by_image():
     assert [tuple(p.shape) for p in probs] == [(3, K + 1), (0, K + 1), (1, K + 1)]
     expected = torch.tensor(reference.merge(logits.tolist(), COUNTS, THRESHOLDS))
     torch.testing.assert_close(torch.cat(probs), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_probabilities_are_float32_under_autocast():
-    predictor = _predictor()
-    proposals = _proposals([[0, 1, 2, K]])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        predictions = predictor(_features(proposals))
-        probs = predictor.predict_probs(predictions, proposals)
-        with EventStorage():
-            losses = predictor.losses(predictions, proposals)
-    assert predictions[0].dtype == torch.bfloat16
-    assert probs[0].dtype == losses["loss_cls"].dtype == torch.float32
 
 
 def test_inference_keeps_the_best_classes_by_merged_score():

@@ -92,23 +92,6 @@ def test_a_detector_takes_a_training_step(tiny_cfg, make_batch, detector, name):
             assert (f"{scope}bags/loss_group{g}" in logged) == grouped
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_a_detector_detects(tiny_cfg, make_batch, detector):
-    model = _build(tiny_cfg(*BAGS, *DETECTORS[detector], "TEST.DETECTIONS_PER_IMAGE", 20)).eval()
-    _make_confident(model, std=0.02, box_std=0.02)
-    with torch.no_grad():
-        outputs = model(make_batch(2))
-    assert len(outputs) == 2
-    for output in outputs:
-        found = output["instances"]
-        assert 0 < len(found) <= 20
-        assert ((found.scores > 0) & (found.scores <= 1)).all()
-        assert (found.scores[:-1] >= found.scores[1:]).all()
-        assert ((found.pred_classes >= 0) & (found.pred_classes < K)).all()
-        assert torch.isfinite(found.pred_boxes.tensor).all()
-        assert found.has("pred_masks") == ("mask" in detector)
-
-
 @pytest.mark.parametrize(
     ("detector", "stock"),
     [("mask", "StandardROIHeads"), ("cascade-mask", "CascadeROIHeads")],

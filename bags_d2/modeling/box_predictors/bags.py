@@ -1,15 +1,16 @@
 """Balanced Group Softmax as a Detectron2 box predictor."""
 
+import functools
+
 import torch
 from detectron2.config import configurable
 from detectron2.utils.events import get_event_storage
 
 from ...data.class_counts import training_class_counts
-from ...errors import ConfigError
-from ..groups import ClassGroups
-from ..losses import group_softmax_loss, group_targets, merge_group_probs
+from ..class_groups import ClassGroups
+from ..losses import MERGES, check_merge, group_softmax_loss, group_targets, merge_group_probs
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, is_logging_step
+from .classifier import ClassifierOutputLayers, is_logging_step, require_non_negative
 
 __all__ = ["BAGSOutputLayers"]
 
@@ -22,41 +23,45 @@ class BAGSOutputLayers(ClassifierOutputLayers):
     (R, K + 1).
     """
 
+    # Ways of merging the groups that make sense for this classifier.
+    merges = MERGES
+
     @configurable
     def __init__(
-        self, input_shape, *, groups: ClassGroups, others_sample_ratio: float = 8.0, **kwargs
+        self,
+        input_shape,
+        *,
+        groups: ClassGroups,
+        others_sample_ratio: float = 8.0,
+        merge: str = "paper",
+        **kwargs,
     ) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             groups: the class groups; becomes a submodule, so that the checkpoint holds it.
             others_sample_ratio: beta, "others" RoIs for each foreground RoI of a group.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: for options of Detectron2's class that have no meaning here, or if the
-                groups are of another number of classes.
+            merge: how probabilities are merged, see :func:`bags_d2.merge_group_probs`.
         """
         super().__init__(input_shape, num_logits=groups.num_logits, **kwargs)
-        if groups.num_classes != self.num_classes:
-            raise ConfigError(
-                f"The class counts are of {groups.num_classes} classes but "
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}; make them agree."
-            )
-        if not others_sample_ratio >= 0:
-            raise ConfigError(
-                f"MODEL.BAGS.OTHERS_SAMPLE_RATIO must be 0 or more, found {others_sample_ratio}"
-            )
+        groups.require_classes(self.num_classes)
+        require_non_negative("MODEL.BAGS.OTHERS_SAMPLE_RATIO", others_sample_ratio)
+        check_merge(merge, self.merges)
         self.groups = groups
         self.others_sample_ratio = others_sample_ratio
+        self.merge = merge
         # Of the last training step (G + 1,), to tell which group went wrong.
         self.last_group_losses: torch.Tensor | None = None
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        ret["groups"] = _groups_from_config(cfg)
-        ret["others_sample_ratio"] = cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO
+        options = cfg.MODEL.BAGS
+        ret["groups"] = ClassGroups.from_source(
+            functools.partial(training_class_counts, cfg),
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            options.GROUP_THRESHOLDS,
+        )
+        ret.update(others_sample_ratio=options.OTHERS_SAMPLE_RATIO, merge=options.MERGE)
         return ret
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
@@ -77,9 +82,8 @@ class BAGSOutputLayers(ClassifierOutputLayers):
 
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Merged class probabilities (:func:`bags_d2.merge_group_probs`)."""
-        return merge_group_probs(logits, self.groups)
+        return merge_group_probs(logits, self.groups, self.merge)
 
-    @torch.no_grad()
     def _log_group_statistics(self, logits, gt_classes, group_losses, used) -> None:
         storage = get_event_storage()
         targets = group_targets(gt_classes, self.groups)
@@ -92,14 +96,3 @@ class BAGSOutputLayers(ClassifierOutputLayers):
             storage.put_scalar(f"bags/num_used_group{i}", count)
             if count > 0:  # an unused group has no accuracy, and 0 would read as a bad one
                 storage.put_scalar(f"bags/accuracy_group{i}", correct)
-
-
-def _groups_from_config(cfg) -> ClassGroups:
-    thresholds = cfg.MODEL.BAGS.GROUP_THRESHOLDS
-    try:
-        counts = training_class_counts(cfg)
-    except FileNotFoundError as error:
-        # Not fatal here: the grouping may come with a checkpoint. Training and inference without
-        # one raise with this reason.
-        return ClassGroups.undetermined(cfg.MODEL.ROI_HEADS.NUM_CLASSES, thresholds, str(error))
-    return ClassGroups.from_counts(counts, thresholds)

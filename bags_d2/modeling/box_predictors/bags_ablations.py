@@ -6,13 +6,11 @@ columns that a variant does without are there and unused.
 
 import torch
 from detectron2.config import configurable
-from torch.nn import functional as F
 
-from ..groups import ClassGroups
-from ..losses import at_least_float32, group_targets
+from ..class_groups import ClassGroups
+from ..losses import at_least_float32, group_cross_entropy, group_targets
 from .bags import BAGSOutputLayers
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .reweighted import class_weights
 
 __all__ = [
     "BAGSWithoutBackgroundGroupOutputLayers",
@@ -23,11 +21,13 @@ __all__ = [
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
 class BAGSWithoutBackgroundGroupOutputLayers(BAGSOutputLayers):
-    """BAGS without group 0: nothing but each group's "others" tells background apart.
+    """BAGS without group 0: only each group's "others" distinguishes background.
 
     Scores are each group's softmax, unscaled: ``p_c = softmax(z_g)_c``. The background's, which
-    is looked at by statistics alone, is the smallest P("others") of any group.
+    only statistics look at, is the smallest P("others") of any group.
     """
+
+    merges = ("paper",)
 
     def group_losses(self, logits, gt_classes):
         losses, used = super().group_losses(logits, gt_classes)
@@ -48,14 +48,10 @@ class BAGSWithoutOthersOutputLayers(BAGSOutputLayers):
     it is an object. ``MODEL.BAGS.OTHERS_SAMPLE_RATIO`` has no effect.
     """
 
+    merges = ("paper",)
+
     @configurable
     def __init__(self, input_shape, *, others_sample_ratio: float = 0.0, **kwargs) -> None:
-        """
-        Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            others_sample_ratio: not used: none are drawn.
-            **kwargs: as for ``BAGSOutputLayers``.
-        """
         super().__init__(input_shape, others_sample_ratio=0.0, **kwargs)
 
     def group_losses(self, logits, gt_classes):
@@ -79,9 +75,7 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
     def __init__(self, input_shape, *, clip: tuple[float, float] = (0.1, 5.0), **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             clip: least and largest weight.
-            **kwargs: as for ``BAGSOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.clip = clip
@@ -94,36 +88,26 @@ class ReweightedBAGSOutputLayers(BAGSOutputLayers):
 
     def group_losses(self, logits, gt_classes):
         _, used = super().group_losses(logits.detach(), gt_classes)
-        parts = at_least_float32(logits).split(self.groups.widths, dim=1)
+        targets = group_targets(gt_classes, self.groups)
         weights = group_weights(self.groups, self.clip)
-        losses = []
-        with torch.autocast(logits.device.type, enabled=False):
-            for row in zip(
-                parts, group_targets(gt_classes, self.groups), weights, used, strict=True
-            ):
-                part, target, weight, mask = row
-                loss = F.cross_entropy(part, target, weight.to(part), reduction="none")
-                total = torch.where(mask, loss, loss.new_zeros(())).sum()
-                losses.append(total / mask.sum().clamp(min=1))
-        return torch.stack(losses), used
+        logits = at_least_float32(logits)
+        return group_cross_entropy(logits, targets, used, self.groups.widths, weights), used
 
 
-def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> list[torch.Tensor]:
-    """Weights of the columns of group 0 and of every foreground group.
+def group_weights(groups: ClassGroups, clip: tuple[float, float]) -> tuple[torch.Tensor, ...]:
+    """Weights of the columns of group 0 and of every foreground group, G + 1 tensors.
 
     Args:
         groups: the class groups, with training counts.
         clip: least and largest weight.
-
-    Returns:
-        G + 1 tensors of ``groups.widths`` numbers.
     """
-    weights = [torch.ones(2)]
-    for g in range(1, groups.num_groups + 1):
-        counts = groups.class_counts[groups.class_to_group == g]
-        of_classes = class_weights(counts, "inverse", clip=clip)[:-1] if len(counts) else []
-        weights.append(torch.cat([torch.ones(1), torch.as_tensor(of_classes).cpu()]))
-    return weights
+    inverse = 1 / groups.class_counts.double().clamp(min=1)  # (K,)
+    zeros, group_of = inverse.new_zeros(groups.num_groups + 1), groups.class_to_group
+    sizes = zeros.index_add(0, group_of, torch.ones_like(inverse))
+    means = zeros.index_add(0, group_of, inverse) / sizes
+    weights = (inverse / means.index_select(0, group_of)).clamp(*clip)
+    columns = inverse.new_ones(groups.num_logits).index_copy(0, groups.class_to_column, weights)
+    return columns.split(groups.widths)
 
 
 def _without_others(logits: torch.Tensor, groups: ClassGroups) -> torch.Tensor:

@@ -5,10 +5,9 @@ from detectron2.config import configurable
 from detectron2.layers import cross_entropy
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import CountedOutputLayers
+from .classifier import CountedOutputLayers, require_non_negative
 
 __all__ = ["BalancedSoftmaxOutputLayers", "balanced_softmax_loss", "log_priors"]
 
@@ -25,16 +24,10 @@ class BalancedSoftmaxOutputLayers(CountedOutputLayers):
     def __init__(self, input_shape, *, tau: float = 1.0, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            tau: scale of the log priors; 1 is balanced softmax, 0 softmax.
-            **kwargs: as for ``CountedOutputLayers``.
-
-        Raises:
-            ConfigError: if tau is negative.
+            tau: scale of the log priors, 0 or more; 1 is balanced softmax, 0 softmax.
         """
         super().__init__(input_shape, **kwargs)
-        if not tau >= 0:
-            raise ConfigError(f"MODEL.BALANCED_SOFTMAX.TAU must be 0.0 or more, found {tau}.")
+        require_non_negative("MODEL.BALANCED_SOFTMAX.TAU", tau)
         self.tau = tau
 
     @classmethod
@@ -45,12 +38,7 @@ class BalancedSoftmaxOutputLayers(CountedOutputLayers):
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """:func:`balanced_softmax_loss`."""
-        self.counts.require_determined()
-        return balanced_softmax_loss(logits, gt_classes, self.counts.class_counts, self.tau)
-
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax, without the priors."""
-        return at_least_float32(logits).softmax(dim=1)
+        return balanced_softmax_loss(logits, gt_classes, self.class_counts, self.tau)
 
 
 def log_priors(counts: torch.Tensor) -> torch.Tensor:
@@ -60,13 +48,8 @@ def log_priors(counts: torch.Tensor) -> torch.Tensor:
     has none: how many RoIs are background is up to their sampling, and a balanced world without
     background is not what a detector will see. So its logit is left alone, and the prior of class
     c is ``n_c / mean(n)``: background competes with an average class as it does in a softmax.
-    A class that training does not have counts as 1, whose prior is finite.
-
-    Args:
-        counts: (K,), whole numbers of 0 or more.
-
-    Returns:
-        float64 tensor (K + 1,) on the counts' device, background last with 0.
+    A class that training does not have counts as 1, whose prior is finite. In float64, (K + 1,),
+    background last with 0.
     """
     counts = counts.double().clamp(min=1)
     return F.pad((counts / counts.mean()).log(), (0, 1))
@@ -80,14 +63,7 @@ def balanced_softmax_loss(
     Balanced softmax (Ren et al., NeurIPS 2020, eq. 3 and 4) for tau = 1, the logit-adjusted loss
     (Menon et al., ICLR 2021, eq. 10) in general; ``log pi`` is :func:`log_priors`.
 
-    Args:
-        logits: z, (R, K + 1), any floating dtype; computed in float32 at least.
-        gt_classes: long tensor (R,), 0..K.
-        counts: (K,), training counts.
-        tau: scale of the log priors.
-
-    Returns:
-        Scalar; 0 with the graph connected if R is 0.
+    Logits (R, K + 1) are computed in float32 at least; counts are (K,).
     """
     logits = at_least_float32(logits)
     return cross_entropy(logits + (tau * log_priors(counts)).to(logits), gt_classes)

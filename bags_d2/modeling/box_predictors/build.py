@@ -17,16 +17,9 @@ called as ``predictor(cfg, input_shape, **kwargs)``.
 
 
 def build_box_predictor(cfg: CfgNode, input_shape: ShapeSpec, **kwargs) -> nn.Module:
-    """Build the box predictor named by ``MODEL.ROI_BOX_PREDICTOR.NAME``.
+    """Build the box predictor named by ``MODEL.ROI_BOX_PREDICTOR.NAME`` (else ConfigError).
 
-    Args:
-        cfg: the config.
-        input_shape: shape of the box head's output.
-        **kwargs: passed on, replacing what ``from_config`` would give (such as
-            ``box2box_transform`` of a cascade stage).
-
-    Raises:
-        ConfigError: if no box predictor has that name.
+    ``kwargs`` replace what ``from_config`` gives, such as ``box2box_transform`` of a cascade stage.
     """
     name = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
     if name not in ROI_BOX_PREDICTOR_REGISTRY:

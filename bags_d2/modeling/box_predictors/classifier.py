@@ -1,25 +1,31 @@
 """What the long-tail classifiers have in common: everything but the loss and the probabilities.
 
 Shapes in the files of this folder: R RoIs of the whole per-device batch, K foreground classes, C
-logits. ``gt_classes`` hold 0..K-1 for foreground and K for background.
+logits. ``gt_classes`` hold 0..K-1 for foreground and K for background. Constructors take
+``input_shape``, the ShapeSpec of the box head's output, and pass on ``**kwargs`` to the parent.
 """
 
-from abc import abstractmethod
+import functools
+import math
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import cat
+from detectron2.config import configurable
+from detectron2.layers import cat, cross_entropy
+
+# Private, but there is no other way to log what Detectron2 logs.
 from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch import nn
 
 from ...data.class_counts import training_class_counts
 from ...errors import ConfigError
-from ..class_counts import ClassCounts
+from ..class_groups import ClassCounts
+from ..losses import at_least_float32
 from .fast_rcnn import FastRCNNOutputLayers
 
-__all__ = ["ClassifierOutputLayers", "CountedOutputLayers"]
+__all__ = ["ClassifierOutputLayers", "CountedOutputLayers", "SigmoidOutputLayers"]
 
 # Training statistics are logged every this many iterations. Each logging waits for the device,
 # and Detectron2's writers look at them no more often than that.
@@ -29,68 +35,51 @@ STATISTICS_PERIOD = 20
 class ClassifierOutputLayers(FastRCNNOutputLayers):
     """Fast R-CNN output layers with a classifier of a subclass's own.
 
-    A subclass says how many logits there are and overrides :meth:`classification_loss` and
-    :meth:`class_probs`. Box regression, inference and everything around them are the parent's.
+    A subclass says how many logits there are and overrides :meth:`classification_loss`,
+    :meth:`class_probs` or both; as they are here, they are those of a softmax. Box regression,
+    inference and everything around them are the parent's.
     """
 
     @configurable
     def __init__(self, input_shape, *, num_logits: int | None = None, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             num_logits: C; None is K + 1.
-            **kwargs: as for ``FastRCNNOutputLayers``.
 
         Raises:
-            ConfigError: for options of the parent's loss, which is not used here.
+            ConfigError: for options of the parent's loss.
         """
-        for option, key in (
-            ("use_sigmoid_ce", "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE"),
-            ("use_fed_loss", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS"),
-        ):
+        for option in ("use_sigmoid_ce", "use_fed_loss"):
             if kwargs.get(option):
                 raise ConfigError(
-                    f"{type(self).__name__} has a loss of its own and does not support {key}=True; "
-                    "set it to False or choose another MODEL.ROI_BOX_PREDICTOR.NAME."
+                    f"{type(self).__name__} has a loss of its own and does not support "
+                    f"MODEL.ROI_BOX_HEAD.{option.upper()}=True; set it to False or choose another "
+                    "MODEL.ROI_BOX_PREDICTOR.NAME."
                 )
         super().__init__(input_shape, **kwargs)
         if num_logits is not None and num_logits != self.cls_score.out_features:
             self._replace_classifier(num_logits)
 
-    @abstractmethod
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
-        """The loss of the classifier.
+        """The classifier's loss; here cross-entropy, mean over RoIs.
 
-        Args:
-            logits: (R, C), any floating dtype.
-            gt_classes: long tensor (R,), 0..K.
-
-        Returns:
-            Scalar, float32 at least; 0 with the graph connected if R is 0.
+        Of logits (R, C) of any floating dtype and long labels (R,): a scalar, float32 at least; 0
+        with the graph connected if R is 0.
         """
+        return cross_entropy(at_least_float32(logits), gt_classes)
 
-    @abstractmethod
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores of the classes.
-
-        Args:
-            logits: (R, C), any floating dtype.
-
-        Returns:
-            Tensor (R, K + 1), float32 at least, background last.
-        """
+        """The scores (R, K + 1), float32 at least, background last; here a softmax."""
+        return at_least_float32(logits).softmax(dim=1)
 
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """As the parent's, with ``loss_cls`` from :meth:`classification_loss`.
+        """``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``.
 
         Args:
             predictions: logits (R, C) and box deltas, the return values of ``forward``.
             proposals: sampled proposals of each image with ``gt_classes`` and ``gt_boxes``.
-
-        Returns:
-            ``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``, scalars.
         """
         logits, proposal_deltas = predictions
         if len(proposals):
@@ -118,72 +107,72 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     def predict_probs(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> list[torch.Tensor]:
-        """
-        Args:
-            predictions: logits (R, C) and box deltas.
-            proposals: the proposals of each image, Ri of image i.
-
-        Returns:
-            For each image a tensor (Ri, K + 1), background last.
-        """
+        """Scores (Ri, K + 1) of each image, background last."""
         logits, _ = predictions
         return list(self.class_probs(logits).split([len(p) for p in proposals]))
 
 
-class CountedOutputLayers(ClassifierOutputLayers):
-    """A classifier whose loss or scores depend on the training counts of the classes.
+class SigmoidOutputLayers(ClassifierOutputLayers):
+    """One sigmoid for each logit. As it is, C = K: a background RoI is negative for every class."""
 
-    Subclasses read ``self.counts.class_counts``, long (K,), after
-    ``self.counts.require_determined()``.
-    """
+    # Probability of each class for a new classifier (focal loss, Lin et al., section 4.1,
+    # "Initialization"; others do not give theirs). Without it the R x K negatives of the first
+    # batches would drown the few positives.
+    PRIOR = 0.01
+
+    @configurable
+    def __init__(self, input_shape, *, num_classes: int, num_logits: int | None = None, **kwargs):
+        num_logits = num_classes if num_logits is None else num_logits
+        super().__init__(input_shape, num_classes=num_classes, num_logits=num_logits, **kwargs)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - self.PRIOR) / self.PRIOR))
+
+    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """A sigmoid for each class.
+
+        Background is given what the best class leaves, ``1 - max_c p_c``. Training statistics look
+        at it; inference drops it.
+        """
+        probs = at_least_float32(logits).sigmoid()
+        return torch.cat([probs, 1 - probs.amax(dim=1, keepdim=True)], dim=1)
+
+
+class CountedOutputLayers(ClassifierOutputLayers):
+    """A classifier whose loss or scores depend on the training counts of the classes."""
 
     @configurable
     def __init__(self, input_shape, *, counts: ClassCounts, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            counts: training counts; becomes a submodule, so that the checkpoint holds it.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: if the counts are of another number of classes.
+            counts: of K classes; becomes a submodule, so that the checkpoint holds it.
         """
         super().__init__(input_shape, **kwargs)
-        if counts.num_classes != self.num_classes:
-            raise ConfigError(
-                f"The class counts are of {counts.num_classes} classes but "
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}; make them agree."
-            )
+        counts.require_classes(self.num_classes)
         self.counts = counts
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        ret["counts"] = cls.counts_from_config(cfg)
+        read_counts = functools.partial(training_class_counts, cfg)
+        ret["counts"] = ClassCounts.from_source(read_counts, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret
 
-    @classmethod
-    def counts_from_config(cls, cfg: CfgNode, by: str | None = None) -> ClassCounts:
-        """Counts by ``MODEL.BAGS.COUNT_BY`` or, where a method prescribes it, by one of the two.
+    @property
+    def class_counts(self) -> torch.Tensor:
+        """Long tensor (K,); ConfigError if neither the data nor a checkpoint had the counts."""
+        self.counts.require_determined()
+        return self.counts.class_counts
 
-        Where the annotations do not exist they may come with a checkpoint; so that is an error
-        for training and not here.
-        """
-        try:
-            return ClassCounts(training_class_counts(cfg, by))
-        except FileNotFoundError as error:
-            return ClassCounts.undetermined(cfg.MODEL.ROI_HEADS.NUM_CLASSES, str(error))
+
+def require_non_negative(key: str, value: float) -> None:
+    """Raise ConfigError for a number below 0, or none."""
+    if not value >= 0:
+        raise ConfigError(f"{key} must be 0 or more, found {value}.")
 
 
 def one_hot_targets(gt_classes: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Targets of one sigmoid for each column.
+    """Targets of one sigmoid for each column, long (R, num_columns).
 
-    Args:
-        gt_classes: long tensor (R,), 0..K.
-        num_columns: K, where background is negative for all, or K + 1, where it has the last.
-
-    Returns:
-        Long tensor (R, num_columns).
+    Of K columns background is negative for all; of K + 1 it has the last.
     """
     columns = torch.arange(num_columns, device=gt_classes.device)
     return (gt_classes[:, None] == columns).long()

@@ -1,56 +1,41 @@
 """Equalization loss: rare classes are spared the negatives of other classes."""
 
-import math
-
 import torch
 from detectron2.config import configurable
-from torch import nn
 from torch.nn import functional as F
 
 from ...data.class_counts import training_class_counts, training_image_count
 from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, one_hot_targets
+from .classifier import SigmoidOutputLayers, one_hot_targets
 
 __all__ = ["EQLOutputLayers", "equalization_loss"]
 
-# Probability of each class for a new classifier. The paper does not tell its value; this is that
-# of the focal loss.
-PRIOR = 0.01
-
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
-class EQLOutputLayers(ClassifierOutputLayers):
-    """K sigmoids with the equalization loss (Tan et al., CVPR 2020), C = K logits.
-
-    Background has no logit: a background RoI is negative for every class.
-    """
+class EQLOutputLayers(SigmoidOutputLayers):
+    """K sigmoids with the equalization loss (Tan et al., CVPR 2020), C = K logits."""
 
     @configurable
     def __init__(
         self,
         input_shape,
         *,
-        num_classes: int,
         is_tail: torch.Tensor | None,
         unknown_because: str = "",
         **kwargs,
     ) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            num_classes: K.
             is_tail: bool tensor (K,), the classes to spare; None if unknown, as where a checkpoint
                 is evaluated without the training annotations.
             unknown_because: why, for the error in training.
-            **kwargs: as for ``ClassifierOutputLayers``.
         """
-        super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes, **kwargs)
+        super().__init__(input_shape, **kwargs)
         # Not saved: it follows from the training set, and only training needs it.
         self.register_buffer("is_tail", is_tail, persistent=False)
         self.unknown_because = unknown_because
-        nn.init.constant_(self.cls_score.bias, -math.log((1 - PRIOR) / PRIOR))
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -76,11 +61,6 @@ class EQLOutputLayers(ClassifierOutputLayers):
             )
         return equalization_loss(logits, gt_classes, self.is_tail)
 
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """A sigmoid for each class; background, for statistics, is ``1 - max_c p_c``."""
-        probs = at_least_float32(logits).sigmoid()
-        return torch.cat([probs, 1 - probs.amax(dim=1, keepdim=True)], dim=1)
-
 
 def equalization_loss(
     logits: torch.Tensor, gt_classes: torch.Tensor, is_tail: torch.Tensor
@@ -91,13 +71,7 @@ def equalization_loss(
     share of the training images is below a threshold. So these get no negatives from foreground
     RoIs of other classes, but all from background.
 
-    Args:
-        logits: (R, K), any floating dtype; computed in float32 at least.
-        gt_classes: long tensor (R,), 0..K.
-        is_tail: bool tensor (K,).
-
-    Returns:
-        Scalar; 0 with the graph connected if R is 0.
+    Logits (R, K) are computed in float32 at least; ``is_tail`` is a bool tensor (K,).
     """
     logits = at_least_float32(logits)
     num_classes = logits.shape[1]

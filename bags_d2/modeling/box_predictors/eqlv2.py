@@ -1,26 +1,23 @@
 """Equalization loss v2: classes are balanced by the gradients that they have received."""
 
-import math
-
 import torch
 from detectron2.config import configurable
-from torch import nn
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, one_hot_targets, sum_over_ranks
+from .classifier import (
+    SigmoidOutputLayers,
+    one_hot_targets,
+    require_non_negative,
+    sum_over_ranks,
+)
 
 __all__ = ["EQLv2OutputLayers", "gradient_weights"]
 
-# Probability of each class for a new classifier. The paper does not tell its value; this is that
-# of the focal loss.
-PRIOR = 0.01
-
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
-class EQLv2OutputLayers(ClassifierOutputLayers):
+class EQLv2OutputLayers(SigmoidOutputLayers):
     """K + 1 sigmoids whose positives and negatives are weighted by accumulated gradients.
 
     With ``g_c`` the ratio of the positive to the negative gradients that class c has accumulated
@@ -47,27 +44,20 @@ class EQLv2OutputLayers(ClassifierOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             num_classes: K.
-            gamma: steepness of f.
+            gamma: steepness of f, 0 or more.
             mu: ratio at which f is 1/2.
-            alpha: what positives gain at most.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: if gamma or alpha is negative.
+            alpha: what positives gain at most, 0 or more.
         """
-        super().__init__(input_shape, num_classes=num_classes, **kwargs)
-        for key, value in (("GAMMA", gamma), ("ALPHA", alpha)):
-            if not value >= 0:
-                raise ConfigError(f"MODEL.EQLV2.{key} must be 0.0 or more, found {value}.")
+        super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes + 1, **kwargs)
+        require_non_negative("MODEL.EQLV2.GAMMA", gamma)
+        require_non_negative("MODEL.EQLV2.ALPHA", alpha)
         self.gamma = gamma
         self.mu = mu
         self.alpha = alpha
         # Positive and negative gradients of each class. float64: small steps on large sums.
         zeros = torch.zeros(2, num_classes, dtype=torch.float64)
         self.register_buffer("accumulated_gradients", zeros)
-        nn.init.constant_(self.cls_score.bias, -math.log((1 - PRIOR) / PRIOR))
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -101,16 +91,9 @@ class EQLv2OutputLayers(ClassifierOutputLayers):
 def gradient_weights(
     accumulated: torch.Tensor, gamma: float, mu: float, alpha: float
 ) -> torch.Tensor:
-    """Weights of positives and negatives (Tan et al., CVPR 2021, eq. 4 to 6).
+    """Weights of positives and negatives (2, K + 1), of background 1.
 
-    Args:
-        accumulated: (2, K), positive and negative gradients.
-        gamma: steepness of f.
-        mu: ratio at which f is 1/2.
-        alpha: what positives gain at most.
-
-    Returns:
-        Tensor (2, K + 1); the last column, background, is 1.
+    Tan et al., CVPR 2021, eq. 4 to 6, from the accumulated positive and negative gradients (2, K).
     """
     positive, negative = accumulated
     # Without gradients the ratio is as good as infinite: f is 1 and weights are neutral.

@@ -1,4 +1,4 @@
-"""Detectron2's softmax (or sigmoid) box predictor, with exact top-k inference."""
+"""Detectron2's softmax (or sigmoid) box predictor, with fast top-k inference."""
 
 import functools
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...data.class_counts import training_class_counts
 from ...errors import ConfigError
-from ..postprocessing import BoxDeltas, fast_rcnn_inference_topk
+from ...layers import BoxDeltas, fast_rcnn_inference_topk
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 
 __all__ = ["FastRCNNOutputLayers", "NormalizedLinear"]
@@ -26,15 +26,7 @@ class NormalizedLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, temperature: float) -> None:
-        """
-        Args:
-            in_features: D.
-            out_features: C.
-            temperature: scale of the cosines, above 0.
-
-        Raises:
-            ConfigError: if the temperature is not above 0.
-        """
+        """As ``nn.Linear``, with bias; ``temperature`` must be above 0 (else ConfigError)."""
         if not temperature > 0:
             raise ConfigError(
                 f"MODEL.ROI_BOX_PREDICTOR.TEMPERATURE must be above 0, found {temperature}"
@@ -55,12 +47,12 @@ class NormalizedLinear(nn.Linear):
 class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     """Detectron2's class of this name, with a choice of two classifier layers.
 
-    ``inference`` differs in speed and not in its results: it decodes the boxes of the best
-    (RoI, class) pairs instead of all, and runs NMS among these.
+    ``inference`` differs in speed alone: it decodes the boxes of the best (RoI, class) pairs
+    instead of all, and runs NMS among these.
 
     Attributes:
         classification_only: leave box regression out in training. For thousands of classes its
-            4 K outputs cost several times the classifier, to no use where it is frozen.
+            4 K outputs cost several times the classifier, in vain where it is frozen.
     """
 
     classification_only = False
@@ -69,9 +61,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def __init__(self, input_shape, *, temperature: float | None = None, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             temperature: None for a linear classifier, else that of a :class:`NormalizedLinear`.
-            **kwargs: as for Detectron2's class.
         """
         super().__init__(input_shape, **kwargs)
         self.temperature = temperature
@@ -97,13 +87,9 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
         nn.init.zeros_(self.cls_score.bias)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            x: features (R, D), or (R, ...) to be flattened.
+        """Logits (R, C) and box deltas (R, 4 K or 4) of features (R, D) or (R, ...).
 
-        Returns:
-            Logits (R, C) and box deltas (R, 4 K or 4); with ``classification_only``, deltas of
-            zero in training.
+        In training with ``classification_only`` the deltas are zeros (R, 4).
         """
         if not (self.training and self.classification_only):
             return super().forward(x)
@@ -113,14 +99,14 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """As the parent's; with ``classification_only``, ``loss_cls`` alone."""
+        """``loss_cls`` and, unless ``classification_only``, ``loss_box_reg``."""
         losses = super().losses(predictions, proposals)
         if self.classification_only:
             del losses["loss_box_reg"]
         return losses
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
-        """As the parent's; 0 with ``classification_only``."""
+        """0 with ``classification_only``, which drops it from the losses."""
         if self.classification_only:
             return 0.0
         return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
@@ -128,14 +114,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
-        """
-        Args:
-            predictions: the return values of ``forward``.
-            proposals: of each image, with ``proposal_boxes``.
-
-        Returns:
-            As :func:`bags_d2.modeling.postprocessing.fast_rcnn_inference_topk`.
-        """
+        """Detections and their RoIs, see :func:`bags_d2.layers.fast_rcnn_inference_topk`."""
         return fast_rcnn_inference_topk(
             self._boxes_to_decode(predictions, proposals),
             self.predict_probs(predictions, proposals),
@@ -146,7 +125,7 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
         )
 
     def _boxes_to_decode(self, predictions, proposals) -> list[torch.Tensor | BoxDeltas]:
-        # A subclass may decode in its own way, of which only the result can be taken.
+        # A subclass may decode in its own way, of which only the result is known.
         own_way = type(self).predict_boxes is not fast_rcnn.FastRCNNOutputLayers.predict_boxes
         if own_way or not isinstance(self.box2box_transform, Box2BoxTransform):
             return list(self.predict_boxes(predictions, proposals))

@@ -1,50 +1,34 @@
 """Focal loss over one sigmoid for each class."""
 
-import math
-
 import torch
 from detectron2.config import configurable
 from fvcore.nn import sigmoid_focal_loss
-from torch import nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
-from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers
+from .classifier import SigmoidOutputLayers
 
 __all__ = ["FocalOutputLayers", "focal_loss"]
 
-# Probability of each class for a new classifier (Lin et al., section 4.1, "Initialization").
-# Without it the R x K negatives of the first batches would drown the few positives.
-PRIOR = 0.01
-
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
-class FocalOutputLayers(ClassifierOutputLayers):
+class FocalOutputLayers(SigmoidOutputLayers):
     """K sigmoids trained with the focal loss (Lin et al., ICCV 2017), C = K logits.
 
-    Background has no logit: a background RoI is negative for every class. The focal baseline of
-    the authors of BAGS is another one: its background is a class of its own, and its loss the
-    mean over all R x (K + 1) elements.
+    The focal baseline of the authors of BAGS is another one: its background is a class of its own,
+    and its loss the mean over all R x (K + 1) elements.
     """
 
     @configurable
-    def __init__(
-        self, input_shape, *, num_classes: int, gamma: float = 2.0, alpha: float = 0.25, **kwargs
-    ) -> None:
+    def __init__(self, input_shape, *, gamma: float = 2.0, alpha: float = 0.25, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            num_classes: K.
             gamma: exponent of the weight of well classified RoIs.
             alpha: weight of positives, that of negatives being ``1 - alpha``; negative for 1 and 1.
-            **kwargs: as for ``ClassifierOutputLayers``.
 
-        Raises:
-            ConfigError: if gamma or alpha has no meaning.
         """
-        super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes, **kwargs)
+        super().__init__(input_shape, **kwargs)
         # Between 0 and 1, d (1 - p)^gamma / dp is infinite at p = 1, which float32 reaches: NaN.
         if not (gamma == 0 or gamma >= 1):
             raise ConfigError(f"MODEL.FOCAL_LOSS.GAMMA must be 0.0 or 1.0 or more, found {gamma}.")
@@ -52,7 +36,6 @@ class FocalOutputLayers(ClassifierOutputLayers):
             raise ConfigError(f"MODEL.FOCAL_LOSS.ALPHA must be 1.0 or less, found {alpha}.")
         self.gamma = gamma
         self.alpha = alpha
-        nn.init.constant_(self.cls_score.bias, -math.log((1 - PRIOR) / PRIOR))
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -64,15 +47,6 @@ class FocalOutputLayers(ClassifierOutputLayers):
         """:func:`focal_loss`."""
         return focal_loss(logits, gt_classes, self.gamma, self.alpha)
 
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """A sigmoid for each class.
-
-        Background is given what the best class leaves, ``1 - max_c p_c``. Training statistics look
-        at it; inference drops it.
-        """
-        probs = at_least_float32(logits).sigmoid()
-        return torch.cat([probs, 1 - probs.amax(dim=1, keepdim=True)], dim=1)
-
 
 def focal_loss(
     logits: torch.Tensor, gt_classes: torch.Tensor, gamma: float = 2.0, alpha: float = 0.25
@@ -82,16 +56,13 @@ def focal_loss(
     ``p_t`` and ``alpha_t`` are ``p`` and ``alpha`` for the class of a RoI, ``1 - p`` and
     ``1 - alpha`` for all others. The divisor is the number R+ of foreground RoIs of the per-device
     batch (section 4.1, "Focal Loss"), not of all elements: nearly all are easy negatives that
-    lose next to nothing. Of a batch without foreground, the sum counts as it is.
+    lose next to nothing.
 
     Args:
         logits: (R, K), any floating dtype; computed in float32, float64 included.
         gt_classes: long tensor (R,), 0..K.
         gamma: 0, or 1 or more; 0 is binary cross-entropy weighted by ``alpha_t``.
         alpha: 0 to 1; negative does without ``alpha_t``.
-
-    Returns:
-        Scalar, float32; 0 with the graph connected if R is 0.
     """
     # Background is one column more, which is then dropped.
     targets = F.one_hot(gt_classes, logits.shape[1] + 1)[:, :-1]  # (R, K)

@@ -2,10 +2,8 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cross_entropy
 from torch import nn
 
-from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
 from .classifier import ClassifierOutputLayers
 
@@ -29,23 +27,10 @@ class LWSOutputLayers(ClassifierOutputLayers):
 
     @configurable
     def __init__(self, input_shape, **kwargs) -> None:
-        """
-        Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            **kwargs: as for ``ClassifierOutputLayers``.
-        """
         super().__init__(input_shape, **kwargs)
         self.scale = nn.Parameter(torch.ones(self.cls_score.out_features))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (R, K + 1) and box deltas of features (R, D)."""
+        """Scaled logits (R, K + 1) and box deltas of features (R, D)."""
         logits, proposal_deltas = super().forward(x)
         return self.scale * logits, proposal_deltas
-
-    def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, mean over RoIs."""
-        return cross_entropy(at_least_float32(logits), gt_classes)
-
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax."""
-        return at_least_float32(logits).softmax(dim=1)

@@ -2,6 +2,7 @@
 
 import torch
 from detectron2.config import configurable
+from torch.nn import functional as F
 
 from ...errors import ConfigError, DataError
 from ..losses import at_least_float32
@@ -18,9 +19,10 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     ``p_c = (1 - softmax(z)_bg) * softmax_c(t cos(x, m_c))`` with ``m_c`` the mean of the box
     features of the training RoIs of class c (nearest class mean; Kang et al., ICLR 2020, section
     4). Kang et al. classify; BAGS reports it for detection (published: 16.02 AP with the box
-    head's features, against 20.98) without saying how background is told, or how distances become
-    scores. Here the detector's own softmax tells background, distances are cosines, and t is
-    ``MODEL.ROI_BOX_PREDICTOR.TEMPERATURE``. A class without training RoIs scores 0.
+    head's features, against 20.98) without saying how background is distinguished, or how
+    distances become scores. Here the detector's own softmax distinguishes it, distances are
+    cosines, and t is ``MODEL.ROI_BOX_PREDICTOR.TEMPERATURE``. A class without training RoIs
+    scores 0.
 
     The means come from cached features (``tools/fit_classifier.py``), not from training.
     ``forward`` returns K + 1 softmax logits followed by K scaled cosines.
@@ -30,9 +32,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     def __init__(self, input_shape, *, mean_temperature: float = 20.0, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             mean_temperature: t, above 0.
-            **kwargs: as for ``ClassifierOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.mean_temperature = mean_temperature
@@ -48,8 +48,8 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (R, 2 K + 1) and box deltas of features (R, D)."""
         logits, proposal_deltas = super().forward(x)
-        features = torch.nn.functional.normalize(x.flatten(start_dim=1), dim=1)
-        means = torch.nn.functional.normalize(self.class_means, dim=1)
+        features = F.normalize(x.flatten(start_dim=1), dim=1)
+        means = F.normalize(self.class_means, dim=1)
         cosines = features @ means.t().to(features.dtype)
         return torch.cat([logits, self.mean_temperature * cosines], dim=1), proposal_deltas
 

@@ -2,13 +2,11 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cross_entropy
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import CountedOutputLayers
+from .classifier import CountedOutputLayers, require_non_negative
 
 __all__ = ["NorCalOutputLayers", "calibrated_probs"]
 
@@ -26,16 +24,10 @@ class NorCalOutputLayers(CountedOutputLayers):
     def __init__(self, input_shape, *, gamma: float = 0.6, **kwargs) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            gamma: exponent of the counts; 0 is the softmax.
-            **kwargs: as for ``CountedOutputLayers``.
-
-        Raises:
-            ConfigError: if gamma is negative.
+            gamma: exponent of the counts, 0 or more; 0 is the softmax.
         """
         super().__init__(input_shape, **kwargs)
-        if not gamma >= 0:
-            raise ConfigError(f"MODEL.NORCAL.GAMMA must be 0.0 or more, found {gamma}.")
+        require_non_negative("MODEL.NORCAL.GAMMA", gamma)
         self.gamma = gamma
 
     @classmethod
@@ -44,14 +36,9 @@ class NorCalOutputLayers(CountedOutputLayers):
         ret["gamma"] = cfg.MODEL.NORCAL.GAMMA
         return ret
 
-    def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, mean over RoIs."""
-        return cross_entropy(at_least_float32(logits), gt_classes)
-
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """:func:`calibrated_probs`."""
-        self.counts.require_determined()
-        return calibrated_probs(logits, self.counts.class_counts, self.gamma)
+        return calibrated_probs(logits, self.class_counts, self.gamma)
 
 
 def calibrated_probs(
@@ -66,9 +53,6 @@ def calibrated_probs(
         logits: (R, K + 1), any floating dtype; computed in float32 at least.
         counts: N, (K,); 0 counts as 1.
         gamma: exponent.
-
-    Returns:
-        Tensor (R, K + 1), background last.
     """
     shift = F.pad(-gamma * counts.clamp(min=1).double().log(), (0, 1))
     logits = at_least_float32(logits)

@@ -31,22 +31,10 @@ class ReweightedOutputLayers(CountedOutputLayers):
         clip: tuple[float, float] = (0.1, 5.0),
         **kwargs,
     ) -> None:
-        """
-        Args:
-            input_shape: shape of the box head's output (ShapeSpec).
-            scheme: as for :func:`class_weights`.
-            beta: likewise.
-            clip: likewise.
-            **kwargs: as for ``CountedOutputLayers``.
-
-        Raises:
-            ConfigError: as :func:`class_weights`.
-        """
+        """``scheme``, ``beta`` and ``clip`` are those of :func:`class_weights`."""
         super().__init__(input_shape, **kwargs)
-        _check_options(scheme, beta, clip)
-        self.scheme = scheme
-        self.beta = beta
-        self.clip = clip
+        self.options = (scheme, beta, clip)
+        class_weights(torch.ones(1), *self.options)  # raises ConfigError for faulty ones
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -57,14 +45,9 @@ class ReweightedOutputLayers(CountedOutputLayers):
 
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """:func:`reweighted_softmax_loss`."""
-        self.counts.require_determined()
         # Not kept: a checkpoint may bring other counts, and K numbers are quickly computed.
-        weights = class_weights(self.counts.class_counts, self.scheme, self.beta, self.clip)
+        weights = class_weights(self.class_counts, *self.options)
         return reweighted_softmax_loss(logits, gt_classes, weights)
-
-    def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax."""
-        return at_least_float32(logits).softmax(dim=1)
 
 
 def class_weights(
@@ -97,7 +80,15 @@ def class_weights(
     Raises:
         ConfigError: if an option has no meaning.
     """
-    _check_options(scheme, beta, clip)
+    if scheme not in SCHEMES:
+        raise ConfigError(f"MODEL.REWEIGHT.SCHEME must be one of {SCHEMES}, found '{scheme}'.")
+    if not 0 <= beta < 1:
+        raise ConfigError(f"MODEL.REWEIGHT.BETA must be 0 or more and below 1, found {beta}.")
+    if len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
+        raise ConfigError(
+            "MODEL.REWEIGHT.CLIP must be a least and a largest weight of 0 or more, found "
+            f"{tuple(clip)}."
+        )
     # In float64, since 1 - beta^n cancels where beta^n is close to 1.
     counts = counts.double().clamp(min=1)
     weights = 1 / counts if scheme == "inverse" else (1 - beta) / (1 - beta**counts)
@@ -114,26 +105,8 @@ def reweighted_softmax_loss(
     class would count the same whatever its weight, and a rare object among many of background
     would shrink the gradients of those.
 
-    Args:
-        logits: (R, K + 1), any floating dtype; computed in float32 at least.
-        gt_classes: long tensor (R,), 0..K.
-        weights: (K + 1,).
-
-    Returns:
-        Scalar; 0 with the graph connected if R is 0.
+    Logits (R, K + 1) are computed in float32 at least; weights are (K + 1,).
     """
     logits = at_least_float32(logits)
     total = F.cross_entropy(logits, gt_classes, weights.to(logits), reduction="sum")
     return total / max(len(gt_classes), 1)
-
-
-def _check_options(scheme: str, beta: float, clip: tuple[float, float]) -> None:
-    if scheme not in SCHEMES:
-        raise ConfigError(f"MODEL.REWEIGHT.SCHEME must be one of {SCHEMES}, found '{scheme}'.")
-    if not 0 <= beta < 1:
-        raise ConfigError(f"MODEL.REWEIGHT.BETA must be 0 or more and below 1, found {beta}.")
-    if len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
-        raise ConfigError(
-            "MODEL.REWEIGHT.CLIP must be a least and a largest weight of 0 or more, found "
-            f"{tuple(clip)}."
-        )

@@ -6,15 +6,14 @@ import torch
 from detectron2.config import configurable
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY
-from .classifier import ClassifierOutputLayers, sum_over_ranks
+from .classifier import ClassifierOutputLayers, require_non_negative, sum_over_ranks
 
 __all__ = ["SeesawOutputLayers", "seesaw_loss"]
 
 # Below this a probability of the true class no longer raises the compensation.
-LEAST_PROB = 0.01
+MIN_PROB = 0.01
 
 
 @ROI_BOX_PREDICTOR_REGISTRY.register()
@@ -37,19 +36,13 @@ class SeesawOutputLayers(ClassifierOutputLayers):
     ) -> None:
         """
         Args:
-            input_shape: shape of the box head's output (ShapeSpec).
             num_classes: K.
-            p: exponent of the mitigation factor.
-            q: exponent of the compensation factor.
-            **kwargs: as for ``ClassifierOutputLayers``.
-
-        Raises:
-            ConfigError: if an exponent is negative.
+            p: exponent of the mitigation factor, 0 or more.
+            q: exponent of the compensation factor, 0 or more.
         """
         super().__init__(input_shape, num_classes=num_classes, num_logits=num_classes + 2, **kwargs)
-        for key, value in (("P", p), ("Q", q)):
-            if not value >= 0:
-                raise ConfigError(f"MODEL.SEESAW.{key} must be 0.0 or more, found {value}.")
+        require_non_negative("MODEL.SEESAW.P", p)
+        require_non_negative("MODEL.SEESAW.Q", q)
         self.p = p
         self.q = q
         self.register_buffer("num_samples", torch.zeros(num_classes, dtype=torch.long))
@@ -68,14 +61,12 @@ class SeesawOutputLayers(ClassifierOutputLayers):
         logits = at_least_float32(logits)
         num_rois = max(len(gt_classes), 1)
         is_background = gt_classes == self.num_classes
-        of_batch = torch.zeros(self.num_classes + 1, dtype=torch.long, device=logits.device)
-        of_batch.index_add_(0, gt_classes, torch.ones_like(gt_classes))
-        self.num_samples += sum_over_ranks(of_batch[:-1])
-        of_classes = seesaw_loss(
-            logits[:, :-2], gt_classes, self.num_samples, self.p, self.q
-        )  # (R,)
+        batch_counts = torch.zeros(self.num_classes + 1, dtype=torch.long, device=logits.device)
+        batch_counts.index_add_(0, gt_classes, torch.ones_like(gt_classes))
+        self.num_samples += sum_over_ranks(batch_counts[:-1])
+        losses = seesaw_loss(logits[:, :-2], gt_classes, self.num_samples, self.p, self.q)  # (R,)
         objectness = F.cross_entropy(logits[:, -2:], is_background.long(), reduction="sum")
-        return (of_classes.sum() + objectness) / num_rois
+        return (losses.sum() + objectness) / num_rois
 
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over the classes times P(object); the last column is P(background)."""
@@ -120,7 +111,7 @@ def seesaw_loss(
     mitigation = p * (counts.log() - counts.log()[labels][:, None]).clamp(max=0)
     log_probs = logits.detach().log_softmax(dim=1)
     own = log_probs.gather(1, labels[:, None])
-    compensation = q * (log_probs - own.clamp(min=math.log(LEAST_PROB))).clamp(min=0)
+    compensation = q * (log_probs - own.clamp(min=math.log(MIN_PROB))).clamp(min=0)
     factors = mitigation + compensation  # log S, (R, K)
     losses = F.cross_entropy(
         logits + factors.scatter(1, labels[:, None], 0.0), labels, reduction="none"

@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_never_waits,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -65,10 +60,6 @@ def test_one_class_is_a_plain_softmax():
     )
 
 
-def test_no_rois():
-    check_no_rois(lambda logits: balanced_softmax_loss(logits, long([]), long(COUNTS)), K + 1)
-
-
 @pytest.mark.parametrize(("counts", "tau"), [([30] * K, 1.0), (COUNTS, 0.0)])
 def test_equal_counts_or_no_adjustment_are_a_plain_softmax(counts, tau):
     predictor = make_predictor(BalancedSoftmaxOutputLayers, counts, tau=tau)
@@ -91,23 +82,6 @@ def test_frequencies_are_left_to_the_priors():
     logits = torch.tensor([0.0, 0.0, 0.0, math.log(40 / 10)], requires_grad=True)
     balanced_softmax_loss(logits.expand(70, 4), labels, long(counts)).backward()
     torch.testing.assert_close(logits.grad, torch.zeros(4), atol=1e-6, rtol=0)
-
-
-def test_number_formats():
-    predictor = make_predictor(BalancedSoftmaxOutputLayers, COUNTS)
-    labels = long([0, 1, 2, 3, 4, K] * 2)
-    check_number_formats(
-        lambda logits: predictor.classification_loss(logits, labels),
-        predictor.class_probs,
-        *(12, K + 1),
-    )
-
-
-def test_the_loss_never_waits_for_the_device():
-    def loss(logits, labels):
-        return balanced_softmax_loss(logits, labels, long(COUNTS).to("cuda"))
-
-    check_never_waits(loss, K + 1)
 
 
 # Predictor
@@ -142,9 +116,3 @@ def test_missing_counts_stop_training_and_not_inference(tiny_cfg):
     with pytest.raises(ConfigError, match=r"counts are unknown.*gone\.json"):
         predictor.classification_loss(logits, long([0, 6]))
     assert predictor.class_probs(logits).shape == (2, 7)
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    cfg = tiny_cfg(*NAME, *DETECTORS[detector])
-    check_in_a_detector(cfg, make_batch(), num_stages=3 if detector == "cascade" else 1)

@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_never_waits,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -65,10 +60,6 @@ def test_one_class(is_tail):
     )
 
 
-def test_no_rois():
-    check_no_rois(lambda x: make().classification_loss(x, long([])), K)
-
-
 def test_without_a_tail_it_is_binary_cross_entropy():
     logits, labels = random_logits(5, K), long([0, 1, 2, K, K])
     targets = F.one_hot(labels, K + 1)[:, :-1].double()
@@ -84,18 +75,6 @@ def test_background_is_negative_for_the_tail_and_other_classes_are_not():
     torch.testing.assert_close(
         logits.grad, torch.tensor([[-0.25, 0.0, 0.0, 0.25], [0.25, 0.25, 0.25, 0.25]])
     )
-
-
-def test_number_formats():
-    labels = long([0, 1, 2, 3, K] * 2)
-    check_number_formats(lambda x: make().classification_loss(x, labels), make().class_probs, 10, K)
-
-
-def test_the_loss_never_waits_for_the_device():
-    def loss(logits, labels):
-        return equalization_loss(logits, labels, torch.ones(K, device=logits.device) > 0)
-
-    check_never_waits(loss, K)
 
 
 def test_the_tail_is_what_few_training_images_show(tiny_cfg, write_lvis, register):
@@ -127,14 +106,3 @@ def test_a_threshold_that_is_no_share_is_refused(tiny_cfg):
     cfg = tiny_cfg(*NAME, "MODEL.EQL.FREQUENCY_THRESHOLD", 100.0)
     with pytest.raises(ConfigError, match=r"MODEL\.EQL\.FREQUENCY_THRESHOLD is a share"):
         build_box_predictor(cfg, ShapeSpec(channels=FEATURES))
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, register, write_lvis, detector):
-    path = write_lvis({i + 1: f"c{i}" for i in range(6)}, [(1, c) for c in range(1, 7)])
-    options = ("DATASETS.TRAIN", (register("eql_train", path),))
-    check_in_a_detector(
-        tiny_cfg(*NAME, *options, *DETECTORS[detector]),
-        make_batch(),
-        num_stages=3 if detector == "cascade" else 1,
-    )

@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -98,12 +94,6 @@ def test_one_class():
     )
 
 
-def test_no_rois():
-    predictor = make()
-    check_no_rois(lambda x: predictor.classification_loss(x, long([])), K + 1)
-    assert not predictor.accumulated_gradients.any()
-
-
 def test_neutral_weights_are_binary_cross_entropy():
     labels = long([0, 2, K, K])
     logits = random_logits(4, K + 1)
@@ -133,13 +123,6 @@ def test_scores_are_those_of_classes_that_are_not_background():
         assert of_row == pytest.approx(
             [*(sigmoid(z) * (1 - background) for z in row[:-1]), background]
         )
-
-
-def test_number_formats():
-    labels = long([0, 1, 2, K] * 3)
-    check_number_formats(
-        lambda x: make().classification_loss(x, labels), make().class_probs, 12, K + 1
-    )
 
 
 def _accumulate_on_two_ranks(folder):
@@ -172,12 +155,3 @@ def test_the_config_is_read(tiny_cfg):
             build_box_predictor(
                 tiny_cfg(*NAME, f"MODEL.EQLV2.{key}", -1.0), ShapeSpec(channels=FEATURES)
             )
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    check_in_a_detector(
-        tiny_cfg(*NAME, *DETECTORS[detector]),
-        make_batch(),
-        num_stages=3 if detector == "cascade" else 1,
-    )

@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_never_waits,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -62,10 +57,6 @@ def test_one_class():
     )
 
 
-def test_no_rois():
-    check_no_rois(lambda logits: focal_loss(logits, long([])), K)
-
-
 def test_without_focus_and_balance_it_is_binary_cross_entropy():
     logits, labels = random_logits(6, K).float(), long([0, 1, 4, K, K, K])
     targets = torch.zeros(6, K)
@@ -82,20 +73,6 @@ def test_background_rois_leave_the_divisor_alone():
     alone = focal_loss(logits[:1], long([2]))
     assert alone == pytest.approx(0.25 * 0.25 * math.log(2))
     torch.testing.assert_close(focal_loss(logits, long([2] + [K] * 7)), alone)
-
-
-def test_number_formats():
-    predictor = make_predictor(FocalOutputLayers, num_classes=K)
-    labels = long([0, 1, 2, 3, 4, K] * 2)
-    check_number_formats(
-        lambda logits: predictor.classification_loss(logits, labels),
-        predictor.class_probs,
-        *(12, K),
-    )
-
-
-def test_the_loss_never_waits_for_the_device():
-    check_never_waits(focal_loss, K)
 
 
 # Predictor
@@ -136,9 +113,3 @@ def test_options_without_a_meaning_are_refused(tiny_cfg, key, value):
     cfg = tiny_cfg(*NAME, f"MODEL.FOCAL_LOSS.{key}", value)
     with pytest.raises(ConfigError, match=rf"MODEL\.FOCAL_LOSS\.{key} must be"):
         build_box_predictor(cfg, ShapeSpec(channels=FEATURES))
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    cfg = tiny_cfg(*NAME, *DETECTORS[detector])
-    check_in_a_detector(cfg, make_batch(), num_stages=3 if detector == "cascade" else 1)

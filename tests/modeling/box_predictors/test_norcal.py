@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -48,14 +45,6 @@ def test_it_trains_as_a_softmax():
     )
 
 
-def test_number_formats():
-    predictor = make_predictor(NorCalOutputLayers, COUNTS)
-    labels = long([0, 1, 2, 3, K] * 2)
-    check_number_formats(
-        lambda x: predictor.classification_loss(x, labels), predictor.class_probs, 10, K + 1
-    )
-
-
 def test_a_softmax_checkpoint_fits_and_brings_no_counts(tiny_cfg):
     shape = ShapeSpec(channels=FEATURES)
     softmax = tiny_cfg("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
@@ -77,12 +66,3 @@ def test_a_softmax_checkpoint_fits_and_brings_no_counts(tiny_cfg):
 def test_a_negative_gamma_is_refused(tiny_cfg):
     with pytest.raises(ConfigError, match=r"MODEL\.NORCAL\.GAMMA must be"):
         build_box_predictor(tiny_cfg(*NAME, "MODEL.NORCAL.GAMMA", -0.1), ShapeSpec(channels=8))
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    check_in_a_detector(
-        tiny_cfg(*NAME, *DETECTORS[detector]),
-        make_batch(),
-        num_stages=3 if detector == "cascade" else 1,
-    )

@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 from classifier_checks import (
-    DETECTORS,
     FEATURES,
-    check_in_a_detector,
     check_loss_and_gradient,
-    check_never_waits,
-    check_no_rois,
-    check_number_formats,
     long,
     make_predictor,
     random_logits,
@@ -87,10 +82,6 @@ def test_one_class():
     )
 
 
-def test_no_rois():
-    check_no_rois(lambda x: make().classification_loss(x, long([])), K + 2)
-
-
 def test_without_factors_it_is_the_softmax():
     logits, labels = random_logits(5, K), long([0, 1, 2, 3, 0])
     expected = F.cross_entropy(logits, labels, reduction="none")
@@ -125,24 +116,6 @@ def test_samples_are_counted_over_the_steps_and_travel_with_the_weights():
     assert predictor.num_samples.tolist() == [2, 0, 1, 1]
 
 
-def test_number_formats():
-    labels = long([0, 1, 2, 3, K, K] * 2)
-    check_number_formats(
-        lambda x: make().classification_loss(x, labels), make().class_probs, 12, K + 2
-    )
-
-
-def test_the_loss_never_waits_for_the_device():
-    predictor = make()
-    predictor.num_samples = predictor.num_samples.new_zeros(K)
-
-    def loss(logits, labels):
-        counts = torch.zeros(K, dtype=torch.long, device=labels.device)
-        return seesaw_loss(logits, labels, counts).sum()
-
-    check_never_waits(loss, K)
-
-
 def test_scores_are_those_of_classes_times_objectness():
     logits = random_logits(3, K + 2)
     probs = make().class_probs(logits)
@@ -161,15 +134,3 @@ def test_the_config_is_read(tiny_cfg):
     assert predictor.cls_score.out_features == 6 + 2
     with pytest.raises(ConfigError, match=r"MODEL\.SEESAW\.Q must be"):
         build_box_predictor(tiny_cfg(*NAME, "MODEL.SEESAW.Q", -1.0), ShapeSpec(channels=FEATURES))
-
-
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_in_a_detector(tiny_cfg, make_batch, detector):
-    model = check_in_a_detector(
-        tiny_cfg(*NAME, *DETECTORS[detector]),
-        make_batch(),
-        num_stages=3 if detector == "cascade" else 1,
-    )
-    predictors = model.roi_heads.box_predictor
-    for predictor in predictors if detector == "cascade" else [predictors]:
-        assert predictor.num_samples.sum() > 0

@@ -65,7 +65,13 @@ def test_example_of_the_contract():
     assert groups.class_to_group.dtype == torch.long
     # bg, fg | others, 0, 3 | others, 1 | others, 4 | others, 2
     assert groups.class_to_column.tolist() == [3, 6, 10, 4, 8]
-    assert groups.class_to_slot.tolist() == [1, 1, 1, 2, 1]
+    assert groups.label_to_slots.tolist() == [
+        [1, 1, 1, 1, 1, 0],
+        [1, 0, 0, 2, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 1, 0, 0, 0],
+    ]
     assert groups.group_slices == (slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 9), slice(9, 11))
     assert groups.describe() == ["[0, 10): 2", "[10, 100): 1", "[100, 1000): 1", "[1000, inf): 1"]
 
@@ -90,7 +96,8 @@ def test_class_columns_are_a_bijection_onto_all_but_the_shared_columns(counts, t
     shared = {0, 1} | {s.start for s in groups.group_slices[1:]}
     assert sorted([*shared, *groups.class_to_column.tolist()]) == list(range(groups.num_logits))
     starts = torch.tensor([s.start for s in groups.group_slices])
-    assert torch.equal(starts[groups.class_to_group] + groups.class_to_slot, groups.class_to_column)
+    slots = groups.label_to_slots[groups.class_to_group, torch.arange(len(counts))]
+    assert torch.equal(starts[groups.class_to_group] + slots, groups.class_to_column)
 
 
 def test_a_group_may_be_empty_and_keeps_its_others_column():
@@ -152,7 +159,7 @@ def _same(a, b):
 
 
 def test_state_dict_round_trip_is_silent(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     groups = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     other = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     other.load_state_dict(groups.state_dict())
@@ -161,13 +168,13 @@ def test_state_dict_round_trip_is_silent(log_lines):
 
 
 def test_loading_adopts_the_grouping_of_the_checkpoint_and_warns(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     saved = ClassGroups.from_counts([5, 12, 2000, 7, 150], (6, 100, 1000))
     groups = ClassGroups.from_counts([5, 12, 3, 7, 150])
     groups.load_state_dict(saved.state_dict())
     assert _same(groups, saved)
     assert len(warnings) == 1
-    assert warnings[0].startswith("WARNING The checkpoint groups 2 of 5 classes otherwise")
+    assert warnings[0].startswith("WARNING The checkpoint's class groups of 2 of 5 classes differ")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_an_undetermined_placeholder_has_the_width_and_raises_its_reason():
 
 
 def test_an_undetermined_placeholder_is_filled_silently_by_a_checkpoint(log_lines):
-    warnings = log_lines("bags_d2.modeling.groups")
+    warnings = log_lines("bags_d2.modeling.class_groups")
     saved = ClassGroups.from_counts([5, 12, 2000, 7, 150])
     groups = ClassGroups.undetermined(5, (10, 100, 1000), "Gone.")
     groups.load_state_dict(saved.state_dict())

@@ -64,8 +64,8 @@ def logs(log_lines):
         for name in (
             "fvcore.common.checkpoint",
             "detectron2.checkpoint.detection_checkpoint",
-            "bags_d2.engine.checkpoint",
-            "bags_d2.modeling.groups",
+            "bags_d2.checkpoint.checkpointer",
+            "bags_d2.modeling.class_groups",
         )
     ]
     return lambda: [line for lines in lists for line in lines]
@@ -197,7 +197,7 @@ def test_evaluation_adopts_the_grouping_of_the_checkpoint_and_warns(
     LongTailCheckpointer(model, evaluating=True).load(save(saved))
     warned = _warnings(logs())
     assert len(warned) == (3 if detector else 1)
-    assert all("groups 1 of 6 classes otherwise" in line for line in warned)
+    assert all("class groups of 1 of 6 classes differ" in line for line in warned)
     groups = [m for m in model.modules() if isinstance(m, ClassGroups)]
     assert all(g.class_to_group.tolist() == [1, 1, 3, 4, 1, 2] for g in groups)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import DataError
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 
 __all__ = ["GroupLayout", "convert_state_dict"]
 

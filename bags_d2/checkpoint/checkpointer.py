@@ -11,9 +11,9 @@ from fvcore.common.checkpoint import _strip_prefix_if_present
 
 from ..data.class_record import ClassRecord
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
-from ..modeling.groups import ClassGroups
+from ..modeling.class_groups import ClassGroups
 from ..utils.files import write_atomically
-from .checkpoint_file import read_checkpoint
+from .files import read_checkpoint
 
 __all__ = ["LongTailCheckpointer"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bags_d2.analysis.groups import (
+from bags_d2.analysis.grouping import (
     bin_names,
     grouping_faults,
     propose_thresholds,

@@ -20,19 +20,12 @@ _TOO_LARGE_A_SHARE = 0.9
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """One group.
+    """One group."""
 
-    Attributes:
-        name: its range of counts, such as "10-99".
-        classes: positions of its classes, in ascending order of count.
-        instances: training instances of all its classes.
-        share: of all training instances, 0..1.
-    """
-
-    name: str
-    classes: tuple[int, ...]
-    instances: int
-    share: float
+    name: str  # its range of counts, such as "10-99"
+    classes: tuple[int, ...]  # positions of its classes, in ascending order of count
+    instances: int  # training instances of all its classes
+    share: float  # of all training instances, 0..1
 
 
 def bin_names(thresholds: Sequence[int]) -> list[str]:
@@ -43,14 +36,7 @@ def bin_names(thresholds: Sequence[int]) -> list[str]:
 
 
 def summarize_groups(counts: Sequence[int], thresholds: Sequence[int]) -> list[GroupSummary]:
-    """What each group holds.
-
-    Args:
-        counts: K training counts.
-        thresholds: edges of the groups.
-
-    Returns:
-        G summaries.
+    """What each of the G groups of K classes holds.
 
     Raises:
         ConfigError: if the thresholds do not ascend.
@@ -69,12 +55,7 @@ def summarize_groups(counts: Sequence[int], thresholds: Sequence[int]) -> list[G
 
 
 def grouping_faults(counts: Sequence[int], thresholds: Sequence[int]) -> list[str]:
-    """What makes little sense about a grouping, each in one sentence; nothing if all is well.
-
-    Args:
-        counts: K training counts.
-        thresholds: edges of the groups.
-    """
+    """What makes little sense about a grouping, each in one sentence; nothing if all is well."""
     faults = []
     for group in summarize_groups(counts, thresholds):
         size = len(group.classes)
@@ -101,10 +82,6 @@ def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int,
     Powers of ten, or, where these leave all classes in one group though their counts differ more
     than threefold, the series 1, 2, 5, 10, ...; then the smallest group is joined with its smaller
     neighbour until every group has two classes and there are no more groups than wanted.
-
-    Args:
-        counts: K training counts.
-        max_groups: most groups.
 
     Returns:
         Edges in ascending order; () if one group is best.

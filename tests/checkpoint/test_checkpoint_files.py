@@ -11,13 +11,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from bags_d2 import ConfigError, DataError, MissingFileError
-from bags_d2.engine import LongTailCheckpointer
-from bags_d2.engine.checkpoint_file import (
+from bags_d2.checkpoint.files import (
     TRUST_VARIABLE,
     read_checkpoint,
     read_model_weights,
     read_torch,
 )
+from bags_d2.engine import LongTailCheckpointer
 
 
 class _Malicious:

@@ -15,9 +15,9 @@ from detectron2.data import MetadataCatalog
 
 from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
 from bags_d2.analysis.comparison import summarize, write_report
-from bags_d2.engine.comparison import BASELINE, Comparison, Kind
-from bags_d2.engine.logged_process import ProcessError, run_logged
+from bags_d2.analysis.method_runs import BASELINE, Comparison, Kind
 from bags_d2.utils.files import FolderInUseError, lock_folder
+from bags_d2.utils.processes import ProcessError, run_logged
 
 ROOT = Path(__file__).resolve().parents[2]
 GLYPHS = ROOT / "configs" / "glyphs_baseline.yaml"
@@ -317,7 +317,7 @@ def test_a_command_ends_with_the_process_that_runs_it(tmp_path):
     child = "import os, time; print(' iter: ', os.getpid(), flush=True); time.sleep(60)"
     code = (
         "import sys; from pathlib import Path\n"
-        "from bags_d2.engine.logged_process import run_logged\n"
+        "from bags_d2.utils.processes import run_logged\n"
         f"run_logged([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -25,10 +25,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import list_methods, run_name
 from ..data.datasets import missing_dataset_message
+from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
 from ..utils.settings import first_difference, select_config
-from .setup import setup_cfg
 
 __all__ = ["BASELINE", "Comparison", "Kind", "Run"]
 

@@ -1,4 +1,4 @@
-"""What the recipe asks of an optimizer beyond Detectron2's."""
+"""Clipping of one norm over all gradients."""
 
 import torch
 from torch import nn
@@ -11,13 +11,8 @@ def clip_full_model(
 ) -> None:
     """Clip the norm of all gradients taken together before each step of an optimizer.
 
-    Detectron2's own "norm" clips each parameter by itself. The recipe of BAGS (and of most of the
-    field) clips the norm of all gradients taken together.
-
-    Args:
-        optimizer: the optimizer.
-        max_norm: largest norm.
-        norm_type: p of the norm.
+    This is what the recipe of BAGS (and of most of the field) asks for; Detectron2's own "norm"
+    clips each parameter by itself.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 
 from bags_d2 import ClassGroups, DataError
+from bags_d2.checkpoint.mmdet import GroupLayout, convert_state_dict
 from bags_d2.engine import LongTailCheckpointer
-from bags_d2.engine.mmdet_checkpoint import GroupLayout, convert_state_dict
 from bags_d2.modeling.roi_heads import LongTailCascadeROIHeads
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bags_d2 import ConfigError, DataError
-from bags_d2.engine.tau_norm import tau_normalize
+from bags_d2.fitting.transforms import tau_normalize
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "roi_heads.box_predictor.cls_score.weight"

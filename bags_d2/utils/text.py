@@ -1,0 +1,8 @@
+"""Text of any origin, made fit to be shown."""
+
+__all__ = ["printable"]
+
+
+def printable(text: str) -> str:
+    """One line without control characters, lone surrogates or marks that reverse the direction."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
