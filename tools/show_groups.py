@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--config-file", help="groups of its training set and thresholds")
     source.add_argument("--json", help="an annotation file in COCO or LVIS format")
     source.add_argument("--counts", help="a JSON list of counts, or {class name: count}")
+    parser.add_argument("--method", help="what to lay over the config, as for train_net.py")
     parser.add_argument("--thresholds", type=int, nargs="*", help="edges; default: the config's")
     parser.add_argument("--by", choices=("instances", "images"), help="default: the config's")
     parser.add_argument("--output", type=Path, help="draw the curve of counts to this .png or .svg")

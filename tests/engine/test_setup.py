@@ -9,7 +9,7 @@ import torch
 from detectron2.config import get_cfg
 
 from bags_d2 import ConfigError, MissingFileError, add_bags_config
-from bags_d2.config import merge_config_file, read_config_file
+from bags_d2.config import merge_config_file, read_config_file, scale_schedule
 from bags_d2.engine import check_files, process_count, setup_cfg
 
 
@@ -99,9 +99,12 @@ def test_files_are_merged_as_detectron2_merges_them(path):
     theirs = get_cfg()
     add_bags_config(theirs)
     theirs.merge_from_file(str(path))
+    scale_schedule(theirs)
     ours = get_cfg()
     add_bags_config(ours)
     merge_config_file(ours, path)
+    if theirs.OUTPUT_DIR == get_cfg().OUTPUT_DIR:
+        theirs.OUTPUT_DIR = f"output/{path.stem}"
     assert ours == theirs
     assert "!!" not in ours.dump(), "what a run writes of its config is data"
 
@@ -123,6 +126,7 @@ def test_of_several_bases_later_ones_take_precedence_and_the_file_over_all(tmp_p
         f"_BASE_: [../a.yaml, {tmp_path}/b.yaml]\nMODEL: {{WEIGHTS: c}}\n"
     )
     expected = {"SEED": 1, "MODEL": {"DEVICE": "b", "MASK_ON": True, "WEIGHTS": "c"}}
+    expected["OUTPUT_DIR"] = "output/c"
     assert read_config_file(tmp_path / "sub" / "c.yaml") == expected
 
 
@@ -130,7 +134,7 @@ def test_one_base_may_be_reached_in_two_ways(tmp_path):
     (tmp_path / "a.yaml").write_text("SEED: 1\n")
     (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
     (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\n")
-    assert read_config_file(tmp_path / "c.yaml") == {"SEED": 1}
+    assert read_config_file(tmp_path / "c.yaml") == {"SEED": 1, "OUTPUT_DIR": "output/c"}
 
 
 def test_bases_from_the_home_folder(tmp_path, monkeypatch):
@@ -138,7 +142,8 @@ def test_bases_from_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("SEED: 1\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.yaml").write_text("_BASE_: ~/a.yaml\n")
-    assert read_config_file(tmp_path / "sub" / "b.yaml") == {"SEED": 1}
+    content = read_config_file(tmp_path / "sub" / "b.yaml")
+    assert content == {"SEED": 1, "OUTPUT_DIR": "output/b"}
 
 
 def test_keys_below_a_value_of_the_base_are_an_error(tmp_path):
@@ -270,3 +275,41 @@ def test_processes_are_counted_over_machines_and_as_torchrun_says(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert process_count(args) == 6
+
+
+def test_a_method_is_laid_under_the_command_line(tmp_path):
+    path = tmp_path / "detector.yaml"
+    path.write_text("SOLVER: {MAX_ITER: 100, STEPS: [80, 90]}\nSTAGE2: {MAX_ITER: 50}\n")
+    opts = ["SOLVER.SCHEDULE_FACTOR", "0.1", "OUTPUT_DIR", "here"]
+    cfg = setup_cfg(argparse.Namespace(config_file=str(path), method="baseline_2x", opts=opts))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (20, (16, 18))
+    assert (cfg.SOLVER.SCHEDULE_FACTOR, cfg.OUTPUT_DIR) == (1.0, "here")
+    opts = ["SOLVER.MAX_ITER", "7"]
+    cfg = setup_cfg(argparse.Namespace(config_file=str(path), method="baseline_2x", opts=opts))
+    assert cfg.SOLVER.MAX_ITER == 7
+    with pytest.raises(
+        ConfigError, match=r"STAGE2\.\* has no effect on the command line; set MODEL"
+    ):
+        setup_cfg(argparse.Namespace(config_file=str(path), opts=["STAGE2.MAX_ITER", "5"]))
+
+
+def test_stage_2_without_its_stage_1_says_so(cfg_of):
+    opts = ("MODEL.WEIGHTS", "output/mine/model_final.pth")
+    with pytest.raises(MissingFileError, match="does not exist; correct the path"):
+        check_files(cfg_of(*opts))
+    cfg = cfg_of(*opts)
+    cfg.STAGE2.ENABLED = True
+    with pytest.raises(MissingFileError, match=r"train stage 1 first \(the baseline's config"):
+        check_files(cfg)
+    cfg.MODEL.WEIGHTS = "output/lvis_seesaw_R50/model_final.pth"
+    command = r"--config-file configs/lvis_baseline_R50\.yaml --method seesaw --num-gpus 8"
+    with pytest.raises(MissingFileError, match=command):
+        check_files(cfg)
+
+
+def test_repeat_factors_of_nothing_are_refused(cfg_of):
+    opts = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    check_files(cfg_of(*opts))
+    opts += ("DATALOADER.REPEAT_THRESHOLD", 0.0)
+    with pytest.raises(ConfigError, match=r"REPEAT_THRESHOLD is 0.*LVIS: 0\.001"):
+        check_files(cfg_of(*opts))
