@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, default_writers, hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -23,8 +23,10 @@ from ..data.build import training_records
 from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
 from ..engine.finite import GuardedSimpleTrainer
+from ..engine.setup import check_settings
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError, NonFiniteLossError
+from ..utils.events import default_writers
 from ..utils.files import lock_folder, write_atomically
 from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
@@ -35,8 +37,7 @@ __all__ = ["ClassifierLoss", "cached_batches", "fit_classifier", "roi_sampler", 
 
 logger = logging.getLogger(__name__)
 
-# Steps between lines in the log and in metrics.json. Detectron2's 20 would be a good part of the
-# time of steps that take milliseconds.
+# Detectron2's 20 would be a good part of the time of steps that take milliseconds.
 LOG_PERIOD = 100
 
 Batch = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -45,9 +46,9 @@ Batch = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     """Fit the classifier of ``MODEL.ROI_BOX_PREDICTOR.NAME`` with the config's solver.
 
-    Initial weights are those that training online with the same ``SEED`` starts from. Progress is
-    kept in ``OUTPUT_DIR/fitting.pth``; a fit that was killed goes on from there, to the result
-    that it would have had. One process does all the work.
+    Initial weights are those that training online with the same ``SEED`` starts from. A fit that
+    was killed resumes from ``OUTPUT_DIR/fitting.pth`` and ends with the same weights. One process
+    does all the work.
 
     Args:
         cfg: config of stage 2. ``SOLVER.REFERENCE_WORLD_SIZE`` is the number of devices whose
@@ -59,14 +60,15 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         Path of ``OUTPUT_DIR/model_final.pth``: the whole detector with the fitted classifier.
 
     Raises:
-        ConfigError: if the cache is of other settings or data, the config cannot be fitted from
-            cached features, or ``OUTPUT_DIR`` holds an unfinished fit of other settings.
-        DataError: if the cache is incomplete or damaged.
+        ConfigError: if the cache is of other settings or data, a setting cannot work, or
+            ``OUTPUT_DIR`` holds an unfinished fit of other settings.
+        DataError: if the cache or the unfinished fit is incomplete or damaged.
         FolderInUseError: if another process fits to ``OUTPUT_DIR``.
         MissingFileError: if there is no cache, or no checkpoint.
-        NonFiniteLossError: if more than ``SOLVER.MAX_NONFINITE_STEPS`` losses, or weights, are
-            infinite or NaN; they are not written.
+        NonFiniteLossError: if weights, or more than ``SOLVER.MAX_NONFINITE_STEPS`` losses, are
+            infinite or NaN; no such weights are written.
     """
+    check_settings(cfg)
     with lock_folder(cfg.OUTPUT_DIR):
         cache = FeatureCache(folder)
         records = training_records(cfg)
@@ -107,7 +109,7 @@ def _train(
     optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
     trainer = GuardedSimpleTrainer(
         ClassifierLoss(predictor, cfg.MODEL.DEVICE),
-        None,  # what to go on with is known once the progress has been read
+        None,  # the first batch is known once the progress has been read
         optimizer,
         max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
         gather_metric_period=LOG_PERIOD,
@@ -156,7 +158,7 @@ def sample_rois(
         sizes: number of RoIs of each image.
         generator: source of randomness.
         num_rois: RoIs to sample of an image, all if there are fewer.
-        positive_fraction: the part of them that foreground may take.
+        positive_fraction: the largest share of them that is foreground.
         num_classes: K, the label of background.
 
     Returns:
@@ -183,10 +185,10 @@ def cached_batches(
     seed: int = 0,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Endless batches of cached images in the order of a training run.
+    """Endless batches of cached images in the order of a training run, a part for each device.
 
-    Batches run over the ends of epochs. Epoch after epoch takes the next view, and samples RoIs of
-    it afresh. A batch follows from the seed and its step alone, so a run can go on anywhere.
+    Epochs take the views in turn and sample RoIs afresh; batches may span two epochs. A batch
+    follows from the seed and its step alone, so that a run can resume anywhere.
 
     Args:
         cache: the features.
@@ -209,7 +211,7 @@ def cached_batches(
 def epoch_keys(
     order: EpochOrder, views: int, seed: int, start: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """View and image of every sample from a given one on."""
+    """View and image of every sample from number ``start`` on."""
     generator = torch.Generator()
     for epoch in itertools.count():
         images = order(generator.manual_seed(step_seed(seed, epoch))).tolist()
@@ -241,24 +243,22 @@ class ClassifierLoss(nn.Module):
 
 
 class _Progress(HookBase):
-    """Makes each step a function of its number, and saves what is needed to go on after it."""
+    """Makes each step a function of its number, and saves what is needed to resume after it."""
 
     def __init__(self, path: Path, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
-        self.path = path
+        self.path, self.predictor = path, predictor
         self.period, self.num_steps = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER
-        self.predictor = predictor
-        self.seed = _seed_of(cfg)
-        self.device = torch.device(cfg.MODEL.DEVICE).type
-        # What may differ between a fit and its continuation: where and how often, not what.
-        indifferent = ("MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
-        indifferent += ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_NONFINITE_STEPS")
+        self.seed, self.device = _seed_of(cfg), torch.device(cfg.MODEL.DEVICE).type
+        # Where and how often a fit may be resumed, not what it computes.
+        may_change = ("MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
+        may_change += ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_NONFINITE_STEPS")
         self.settings = {
-            **select_config(cfg, ("MODEL.*", "SOLVER.*", "DATALOADER.*", "SEED"), indifferent),
+            **select_config(cfg, ("MODEL.*", "SOLVER.*", "DATALOADER.*", "SEED"), may_change),
             **{f"cache.{name}": value for name, value in cache.settings.items()},
         }
 
     def resume(self) -> int:
-        """Restore an unfinished fit; returns the step to go on with."""
+        """Restore an unfinished fit; returns the step to resume at."""
         if not self.path.exists():
             return 0
         try:
@@ -280,22 +280,18 @@ class _Progress(HookBase):
                 f"'{self.path}' is an unfinished fit with other settings: {difference}; delete it "
                 "or set another OUTPUT_DIR."
             )
-        logger.info("Going on after step %d of '%s'", start - 1, self.path)
+        logger.info("Resuming after step %d of '%s'", start - 1, self.path)
         return start
 
     def before_step(self) -> None:
-        # The predictor may draw from the global generators, BAGS its "others" among them.
+        # The predictor may draw from the global generators, as BAGS draws its "others".
         seed_generators(step_seed(self.seed, self.trainer.iter), self.device)
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
             _require_finite(self.predictor)
-            state = {
-                "settings": self.settings,
-                "model": self.predictor.state_dict(),
-                "trainer": self.trainer.state_dict(),
-            }
-            _save(state, self.path)
+            model, trainer = self.predictor.state_dict(), self.trainer.state_dict()
+            _save({"settings": self.settings, "model": model, "trainer": trainer}, self.path)
 
 
 def _seed_of(cfg: CfgNode) -> int:
