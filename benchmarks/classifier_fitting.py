@@ -32,7 +32,7 @@ from bags_d2.fitting.extract import (
     roi_features,
     without_rpn_losses,
 )
-from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier, roi_sampler
+from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier
 from bags_d2.utils.files import write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +129,8 @@ def compare_accuracy(cfg, cache, seeds, folder):
 def lvis_rates(folder, rois_per_image, num_steps=5):
     """Seconds of reading and of a whole step of pass 2 at the size of LVIS v1, random features."""
     config_file = "configs/lvis_bags_R50.yaml"
-    cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=["MODEL.DEVICE", DEVICE]))
+    opts = ["MODEL.DEVICE", DEVICE, "SOLVER.REFERENCE_WORLD_SIZE", "0"]
+    cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=opts))
     num_images, width = 4 * cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_BOX_HEAD.FC_DIM
     settings = {
         **{
@@ -151,9 +152,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     write_json(folder / "cache.json", settings)
     write_shard(next(plan_shards(folder, settings)), range(num_images), rois)
     order = functools.partial(shuffled, torch.arange(num_images))
-    batches = cached_batches(
-        FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, 1, roi_sampler(cfg), order
-    )
+    batches = cached_batches(cfg, FeatureCache(folder), order)
 
     predictor = build_box_predictor(cfg, ShapeSpec(channels=width)).to(DEVICE)
     predictor.bbox_pred.requires_grad_(False)
