@@ -341,7 +341,7 @@ def _open_array(path: Path, dtype: type, ndim: int) -> np.ndarray:
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(
         f"'{path}' is damaged ({what}); delete '{path.parent}' and run tools/fit_classifier.py "
-        "again, which makes it anew."
+        "again, which computes it again."
     )
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -130,9 +130,9 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
                 "cached features serve the classifier alone; set it to "
                 "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
             )
-    anew = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
-    checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, stage2=True, new_classifier=anew)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
+    new = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
+    LongTailCheckpointer(model, stage2=True, new_classifier=new).load(cfg.MODEL.WEIGHTS)
+    propose_only(model.proposal_generator)
     return model.train()
 
 
@@ -142,12 +142,8 @@ def roi_features(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Features (R, D) and labels (R,) of each image that a step would train the classifier on.
 
-    The steps are those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training
-    mode up to the box predictor, without the losses of the RPN.
-
-    Args:
-        model: the detector, in training mode; needs an EventStorage around the call.
-        inputs: as for the model.
+    These are the steps of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` up to the
+    box predictor. The model must be in training mode, with an EventStorage around the call.
     """
     heads = model.roi_heads
     images = model.preprocess_image(inputs)
@@ -158,8 +154,7 @@ def roi_features(
         for x in (x["instances"] for x in inputs)
     ]
     features = model.backbone(images.tensor)
-    with without_rpn_losses(model.proposal_generator):
-        proposals, _ = model.proposal_generator(images, features, targets)
+    proposals, _ = model.proposal_generator(images, features, targets)
     proposals = heads.label_and_sample_proposals(proposals, targets)
     boxes = [p.proposal_boxes for p in proposals]
     pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
@@ -168,15 +163,10 @@ def roi_features(
     return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
 
 
-@contextlib.contextmanager
-def without_rpn_losses(rpn: RPN) -> Iterator[None]:
-    """Let an RPN in training mode propose only: its losses are a tenth of an extraction's time."""
+def propose_only(rpn: RPN) -> None:
+    """Let an RPN compute no losses in training mode: they take a tenth of an extraction's time."""
     rpn.label_and_sample_anchors = lambda *_: (None, None)
     rpn.losses = lambda *_: {}
-    try:
-        yield
-    finally:
-        del rpn.label_and_sample_anchors, rpn.losses
 
 
 def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> None:
@@ -199,7 +189,7 @@ def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> Non
 
 @dataclasses.dataclass
 class _Images(Dataset):
-    """Training images by (view, position), augmented alike whichever process asks and when."""
+    """Training images by (view, position), augmented alike in any process and order."""
 
     records: list[dict]
     mapper: Callable[[dict], dict]

@@ -105,15 +105,6 @@ class ClassifierTrainer(GuardedSimpleTrainer):
     """
 
     def __init__(self, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
-        """
-        Args:
-            cfg: config of stage 2.
-            cache: the features.
-            predictor: the box predictor, with its initial weights.
-
-        Raises:
-            ConfigError: if a batch cannot be shared among ``SOLVER.REFERENCE_WORLD_SIZE`` devices.
-        """
         num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
         if num_images % num_parts:
             raise ConfigError(
@@ -168,7 +159,7 @@ class ClassifierTrainer(GuardedSimpleTrainer):
             detail = " ".join(str(error).split())[:200]
             raise DataError(
                 f"'{self.path}' is not the progress of a fit or is damaged ({detail}); delete it "
-                "and run the same command again, which starts anew."
+                "and run the same command again, which starts over."
             ) from None
         if difference:
             raise ConfigError(
@@ -271,11 +262,10 @@ class ClassifierLoss(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``loss_cls``, the mean over devices, as DistributedDataParallel averages gradients."""
-        losses = [self._loss(features, labels) for features, labels in batch]
-        return {"loss_cls": torch.stack(losses).mean()}
+        return {"loss_cls": torch.stack([self._loss(*part) for part in batch]).mean()}
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # A box that is not degenerate, since a predictor of another family may encode it.
+        # Losses that regress boxes need some that are not degenerate.
         boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).expand(len(labels), 4))
         rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
         rois.gt_classes = labels.to(self.device, non_blocking=True)

@@ -108,8 +108,7 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     records = training_records(cfg)
     images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[key] for key in keys]
-    # The losses of the RPN would draw from the generator before RoIs are sampled.
-    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
+    with EventStorage():
         pass1.seed_generators(pass1._seed("sampling", *keys[0]))
         model(batch)
 
@@ -140,7 +139,7 @@ def test_all_labelled_proposals_are_kept(make_cfg, tmp_path):
     records = training_records(cfg)
     images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[0, i] for i in range(8)]
-    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
+    with EventStorage():
         pictures = model.preprocess_image(batch)
         targets = [x["instances"] for x in batch]
         with torch.no_grad():
