@@ -1,13 +1,7 @@
 """Box features of training RoIs on disk, and what they were computed from.
 
-Layout of a cache::
-
-    cache.json                    its settings, see cache_settings
-    view0/shard00000/             the first images of the first view
-        features.npy              (R, D) float16, the classifier's input
-        labels.npy                (R,) int32, 0..K, K is background
-        images.npy                (I,) int64, positions in the training set
-        offsets.npy               (I + 1,) int64: RoIs of image i are offsets[i]:offsets[i + 1]
+A cache is a folder with ``cache.json`` (:func:`cache_settings`) and folders such as
+``view0/shard00000``: the arrays (``ARRAYS``) of the first images of the first view.
 
 Shapes in this file: N training images, I images of a shard, R RoIs, D features of a RoI, K classes.
 """
@@ -63,12 +57,12 @@ _ANY = ("MODEL.*", "INPUT.*")
 # What a fit leaves open: any choice of RoIs serves it.
 _OPEN = ("rois_per_image", "views", "images_per_shard", "images_per_batch")
 _COUNTS = ("num_images", "num_classes", *_OPEN[1:])  # 1 or more
-# Type and number of dimensions of a shard's arrays.
-_ARRAYS = {
-    "features": (np.float16, 2),
-    "labels": (np.int32, 1),
-    "images": (np.int64, 1),
-    "offsets": (np.int64, 1),
+# Type and number of dimensions of the .npy files of a shard.
+ARRAYS = {
+    "features": (np.float16, 2),  # (R, D), the classifier's input
+    "labels": (np.int32, 1),  # (R,), 0..K, K is background
+    "images": (np.int64, 1),  # (I,), positions in the training set
+    "offsets": (np.int64, 1),  # (I + 1,): RoIs of image i are offsets[i]:offsets[i + 1]
 }
 
 Settings = dict[str, str | int]
@@ -190,18 +184,10 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 
 
 class FeatureCache:
-    """A complete cache, its features memory-mapped.
-
-    Attributes:
-        settings: what it was made of.
-    """
+    """A complete cache, its features memory-mapped; ``settings`` is what it was made of."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """
-        Raises:
-            MissingFileError: if the folder is not a cache.
-            DataError: if shards do not exist yet, or a file is damaged.
-        """
+        """Raises a MissingFileError or DataError unless the cache is complete and intact."""
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         if not is_complete(self.folder, self.settings):
@@ -216,14 +202,14 @@ class FeatureCache:
         self._places = np.full(shape, -1, dtype=np.int64)
         for number, shard in enumerate(self._shards):
             features, labels, images, offsets = _open_shard(shard, self.settings)
-            view = self._places[shard.view]
-            if (view[images] >= 0).any():
-                raise _damaged(shard.path / "images.npy", "images of another shard")
-            view[images] = np.stack([np.full(len(images), number), offsets[:-1], offsets[1:]], 1)
             self._features.append(features)
             self._labels.append(labels)
             if features.shape[1] != self._features[0].shape[1]:
                 raise _damaged(shard.path / "features.npy", "another width than other shards")
+            view = self._places[shard.view]
+            if (view[images] >= 0).any():
+                raise _damaged(shard.path / "images.npy", "images of another shard")
+            view[images] = np.stack([np.full(len(images), number), offsets[:-1], offsets[1:]], 1)
 
     def require(self, cfg: CfgNode, records: Sequence[dict]) -> None:
         """Raise a ConfigError unless the features are those of a config's frozen detector."""
@@ -291,7 +277,7 @@ def write_shard(
     }
     partial = shard.path.with_name(f"{shard.path.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    for name, (dtype, _) in _ARRAYS.items():
+    for name, (dtype, _) in ARRAYS.items():
         with write_atomically(partial / f"{name}.npy", "wb") as file:
             np.save(file, arrays[name].astype(dtype, copy=False))
     partial.rename(shard.path)
@@ -300,7 +286,7 @@ def write_shard(
 def _open_shard(shard: Shard, settings: Settings) -> tuple[np.ndarray, ...]:
     """Features, memory-mapped, labels, images and offsets, which agree with each other."""
     features, *small = (
-        _open_array(shard.path / f"{name}.npy", *kind) for name, kind in _ARRAYS.items()
+        _open_array(shard.path / f"{name}.npy", *kind) for name, kind in ARRAYS.items()
     )
     labels, images, offsets = map(np.array, small)
     size, num_images, num_classes = (

@@ -2,7 +2,7 @@
 
 With everything but the classifier frozen, epochs differ in augmentation and in the sampling of RoIs
 alone. A few augmented *views* of an image stand for the augmentation of all epochs; of each, all
-labelled proposals are kept, or some, from which pass 2 samples RoIs afresh in every epoch.
+labelled proposals are kept, or some, from which pass 2 samples RoIs anew in every epoch.
 """
 
 import contextlib

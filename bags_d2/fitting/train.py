@@ -220,7 +220,7 @@ def cached_batches(
 ) -> Iterator[Batch]:
     """Endless batches of cached images, in one part for each device, from step ``start`` on.
 
-    Epochs take the views in turn and sample RoIs afresh; batches may span two epochs. A batch
+    Epochs take the views in turn and sample RoIs anew; batches may span two epochs. A batch
     follows from ``SEED`` and its step alone, so that a run can resume anywhere.
     """
     heads, seed = cfg.MODEL.ROI_HEADS, _seed_of(cfg)
