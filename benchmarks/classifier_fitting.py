@@ -30,9 +30,8 @@ from bags_d2.fitting.extract import (
     extract_features,
     load_frozen_detector,
     roi_features,
-    without_rpn_losses,
 )
-from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier, roi_sampler
+from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier
 from bags_d2.utils.files import write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,8 +79,7 @@ def check_equality(cfg):
     weight = model.roi_heads.box_predictor.cls_score.weight
     with EventStorage():
         seed_all_rng(1)
-        with without_rpn_losses(model.proposal_generator):  # which would draw random numbers
-            model(batch)["loss_cls"].backward()
+        model(batch)["loss_cls"].backward()
         online, weight.grad = weight.grad, None
         seed_all_rng(1)
         rois = roi_features(model, batch)
@@ -129,7 +127,8 @@ def compare_accuracy(cfg, cache, seeds, folder):
 def lvis_rates(folder, rois_per_image, num_steps=5):
     """Seconds of reading and of a whole step of pass 2 at the size of LVIS v1, random features."""
     config_file = "configs/lvis_bags_R50.yaml"
-    cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=["MODEL.DEVICE", DEVICE]))
+    opts = ["MODEL.DEVICE", DEVICE, "SOLVER.REFERENCE_WORLD_SIZE", "0"]
+    cfg = setup_cfg(argparse.Namespace(config_file=config_file, opts=opts))
     num_images, width = 4 * cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_BOX_HEAD.FC_DIM
     settings = {
         **{
@@ -151,9 +150,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     write_json(folder / "cache.json", settings)
     write_shard(next(plan_shards(folder, settings)), range(num_images), rois)
     order = functools.partial(shuffled, torch.arange(num_images))
-    batches = cached_batches(
-        FeatureCache(folder), cfg.SOLVER.IMS_PER_BATCH, 1, roi_sampler(cfg), order
-    )
+    batches = cached_batches(cfg, FeatureCache(folder), order)
 
     predictor = build_box_predictor(cfg, ShapeSpec(channels=width)).to(DEVICE)
     predictor.bbox_pred.requires_grad_(False)

@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from bags_d2 import BAGSTrainer, add_bags_config
 from bags_d2.data.lvis_v1 import lvis_v1_counts
-from bags_d2.fitting.extract import roi_features
+from bags_d2.fitting.extract import propose_only, roi_features
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (480, 640)
@@ -136,6 +136,7 @@ def measure(name, options):
         "skipping": Step(models[True], batch, True),
     }
     if "Cascade" not in name:  # of which features cannot be had without its classifiers
+        propose_only(bare.proposal_generator)
         sides["forward"] = Step(bare, batch, False)
     peaks = {side: added_memory(step) for side, step in sides.items()}
     seconds = {side: [] for side in sides}

@@ -137,6 +137,7 @@ OPTIONS = {
     "negative number of steps": (["SOLVER.MAX_ITER", "-1"], r"MAX_ITER is -1"),
     "no step": (["SOLVER.MAX_ITER", "0"], r"nothing to train; add --eval-only"),
     "learning rate not finite": (["SOLVER.BASE_LR", "float('inf')"], r"BASE_LR"),
+    "learning rate beyond float32": (["SOLVER.BASE_LR", "1e39"], r"BASE_LR is 1e\+39; it must be"),
     "learning rate negative": (["SOLVER.BASE_LR", "-0.1"], r"BASE_LR is -0\.1; it must be"),
     "negative number of workers": (["DATALOADER.NUM_WORKERS", "-1"], r"NUM_WORKERS is -1"),
     "seed of more than 32 bits": (

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the classifier of stage 2 from cached box features instead of images (docs/fitting.md).
 
-Both passes go on where they stopped if the same command is run again.
+Both passes resume where they stopped if the same command is run again.
 """
 
 from pathlib import Path

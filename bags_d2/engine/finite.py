@@ -38,13 +38,20 @@ class _NonFiniteGuard:
             **kwargs: as for the parent.
         """
         super().__init__(model, *args, **kwargs)
-        self.skips_left = max_skips
+        self.max_skips = self.skips_left = max_skips
         self._images: list[str] = []
         model.register_forward_pre_hook(self._remember_images)
 
     def _remember_images(self, _, inputs) -> None:
         batch = inputs[0] if inputs and isinstance(inputs[0], list) else []
         self._images = [str(d.get("file_name", d.get("image_id", "?"))) for d in batch]
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "skips": self.max_skips - self.skips_left}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.skips_left = self.max_skips - state_dict.get("skips", 0)
 
     def run_step(self) -> None:
         try:

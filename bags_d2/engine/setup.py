@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 
@@ -26,7 +25,11 @@ from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
 
+<<<<<<< HEAD
 __all__ = ["argument_parser", "check_device", "check_files", "log_changed_settings", "setup_cfg"]
+=======
+__all__ = ["check_device", "check_files", "check_settings", "log_changed_settings", "setup_cfg"]
+>>>>>>> room-fit
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ _LIMITS = {
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
     "SOLVER.MAX_ITER": (0, math.inf),
-    "SOLVER.BASE_LR": (0, sys.float_info.max),
+    "SOLVER.BASE_LR": (0, torch.finfo(torch.float32).max),
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "SEED": (-math.inf, 2**32 - 1),
 }
@@ -131,7 +134,7 @@ def check_files(
         DataError: if an annotation file is faulty (``DATASETS.CHECK_ANNOTATIONS``).
         MissingFileError: if annotations, the folder of images or the checkpoint do not exist.
     """
-    _check_settings(cfg)
+    check_settings(cfg)
     if not eval_only:
         _check_training_settings(cfg, num_processes)
     if not eval_only and not cfg.DATASETS.TRAIN:
@@ -207,7 +210,8 @@ def log_changed_settings(cfg: CfgNode) -> None:
         logger.warning("Changed, and not in effect in a resumed run: %s", ", ".join(ignored))
 
 
-def _check_settings(cfg: CfgNode) -> None:
+def check_settings(cfg: CfgNode) -> None:
+    """Raise ConfigError if a value is out of range or names nothing that exists."""
     for key, (low, high) in _LIMITS.items():
         value = _get(cfg, key)
         if not low <= value <= high:

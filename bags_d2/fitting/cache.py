@@ -1,13 +1,7 @@
 """Box features of training RoIs on disk, and what they were computed from.
 
-Layout of a cache::
-
-    cache.json                    its settings, see cache_settings
-    view0/shard00000/             the first images of the first view
-        features.npy              (R, D) float16, the classifier's input
-        labels.npy                (R,) int32, 0..K, K is background
-        images.npy                (I,) int64, positions in the training set
-        offsets.npy               (I + 1,) int64: RoIs of image i are offsets[i]:offsets[i + 1]
+A cache is a folder with ``cache.json`` (:func:`cache_settings`) and folders such as
+``view0/shard00000``: the arrays (``ARRAYS``) of the first images of the first view.
 
 Shapes in this file: N training images, I images of a shard, R RoIs, D features of a RoI, K classes.
 """
@@ -37,11 +31,11 @@ __all__ = ["FEATURE_KEYS", "FeatureCache", "Shard", "cache_settings", "read_sett
 
 FORMAT = 3  # of the layout, and of the rule by which RoIs are kept
 
-# A shard is what a kill costs at most, and a memory map in pass 2. Of LVIS v1 with about 1000 RoIs
-# of 1024 features, 512 images are a gigabyte.
+# A kill costs one shard at most. Of LVIS v1 with about 1000 RoIs of 1024 features, 512 images are
+# a gigabyte.
 IMAGES_PER_SHARD = 512
-# Images that go through the detector together. Not the solver's batch: without gradients its size
-# is a matter of memory alone, and features must not depend on how pass 2 will train.
+# Not the solver's batch: without gradients its size is a matter of memory alone, and features must
+# not depend on how pass 2 will train.
 IMAGES_PER_BATCH = 8
 
 # The config keys that features and labels follow from.
@@ -60,19 +54,26 @@ FEATURE_KEYS = (
     *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.ASPECT_RATIO_GROUPING"),
 )
 _ANY = ("MODEL.*", "INPUT.*")
-# What a use of the cache may leave open: any choice of RoIs serves it.
-_OPEN = ("views", "rois_per_image", "images_per_shard", "images_per_batch")
-_COUNTS = ("num_images", "num_classes", "views", "images_per_shard", "images_per_batch")
+# What a fit leaves open: any choice of RoIs serves it.
+_OPEN = ("rois_per_image", "views", "images_per_shard", "images_per_batch")
+_COUNTS = ("num_images", "num_classes", *_OPEN[1:])  # 1 or more
+# Type and number of dimensions of the .npy files of a shard.
+ARRAYS = {
+    "features": (np.float16, 2),  # (R, D), the classifier's input
+    "labels": (np.int32, 1),  # (R,), 0..K, K is background
+    "images": (np.int64, 1),  # (I,), positions in the training set
+    "offsets": (np.int64, 1),  # (I + 1,): RoIs of image i are offsets[i]:offsets[i + 1]
+}
 
 Settings = dict[str, str | int]
 
 
 class Shard(NamedTuple):
-    """Some images of a view: where their files stand, and their places in the order of pass 1."""
+    """Where some images of a view are stored, and their places in the order of pass 1."""
 
     path: Path
     view: int
-    images: slice
+    places: range
 
 
 def cache_settings(
@@ -84,17 +85,8 @@ def cache_settings(
 ) -> Settings:
     """What a cache is made of; two caches of equal settings hold equal features.
 
-    Beside the arguments these are
-
-    - the config keys of ``FEATURE_KEYS``, and those of MODEL and INPUT that neither Detectron2 nor
-      this package defines, since they may configure a backbone of the user's;
-    - the detector's checkpoint and the annotation files, by content. Data sets without annotation
-      files count by their records;
-    - the names of the classes and the labels of all objects, in order;
-    - the images, by name, size and time of modification. Reading them all would cost as much as
-      computing the features, so an edit that keeps all three goes unnoticed.
-
-    In which folders files lie makes no difference, and neither does anything else in a config.
+    docs/fitting.md lists what is compared. Of images these are name, size and modification time:
+    reading them all would cost as much as computing the features.
 
     Raises:
         ConfigError: if ``views`` or ``rois_per_image`` is less than 1.
@@ -115,7 +107,7 @@ def cache_settings(
     datasets = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     files = [PathManager.get_local_path(data.get("json_file") or "") for data in datasets]
     from_files = all(map(os.path.isfile, files))
-    contents = ({**record, "image_id": None} for record in records)  # may be numbered anew
+    contents = ({**record, "image_id": None} for record in records)  # ids need not be stable
     labels = ([a["category_id"] for a in r.get("annotations", ())] for r in records)
     defaults = get_cfg()
     add_bags_config(defaults)
@@ -137,36 +129,32 @@ def cache_settings(
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a cache.
-
-    Raises:
-        MissingFileError: if the folder is no cache.
-        DataError: if it is of another version of this package, or damaged.
-    """
+    """The settings of a cache; a MissingFileError or DataError if the folder does not hold one."""
     path = folder / "cache.json"
     try:
         settings = load_json(path)
     except MissingFileError:
         raise MissingFileError(
-            f"'{folder}' is no feature cache; make one with tools/fit_classifier.py, or name "
+            f"'{folder}' is not a feature cache; make one with tools/fit_classifier.py, or name "
             "another with --cache."
         ) from None
-    except DataError as error:
-        raise DataError(f"{str(error).partition(';')[0]}; {_remedy(folder)}") from None
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+    except DataError:
+        settings = None
+    if not (
+        isinstance(settings, dict)
+        and settings.get("format") == FORMAT
+        and "rois_per_image" in settings
+        and all(type(n) is int and n > 0 for n in map(settings.get, _COUNTS))
+    ):
         raise DataError(
-            f"Feature cache '{folder}' was made by another version of bags_d2; {_remedy(folder)}"
+            f"'{path}' is damaged or was made by another version of bags_d2; {_remedy(folder)}"
         )
-    counts = [settings.get(name) for name in _COUNTS]
-    if not all(type(n) is int and n > 0 for n in counts) or "rois_per_image" not in settings:
-        raise DataError(f"'{path}' is damaged; {_remedy(folder)}")
     return settings
 
 
 def require_settings(folder: Path, found: Settings, wanted: Settings) -> None:
-    """Raise a ConfigError that names the first difference between two settings, if there is one."""
-    difference = first_difference(found, wanted)
-    if difference:
+    """Raise a ConfigError that names the first difference between two settings, if any."""
+    if difference := first_difference(found, wanted):
         raise ConfigError(
             f"Feature cache '{folder}' was made with other settings or data: {difference}; "
             f"{_remedy(folder)}"
@@ -178,8 +166,8 @@ def plan_shards(folder: Path, settings: Settings) -> Iterator[Shard]:
     size = settings["images_per_shard"]
     for view in range(settings["views"]):
         for start in range(0, settings["num_images"], size):
-            images = slice(start, min(start + size, settings["num_images"]))
-            yield Shard(folder / f"view{view}" / f"shard{start // size:05d}", view, images)
+            places = range(start, min(start + size, settings["num_images"]))
+            yield Shard(folder / f"view{view}" / f"shard{start // size:05d}", view, places)
 
 
 def is_complete(folder: Path, settings: Settings) -> bool:
@@ -196,43 +184,31 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 
 
 class FeatureCache:
-    """A complete cache, its features memory-mapped.
-
-    Attributes:
-        settings: what it was made of.
-    """
+    """A complete cache, its features memory-mapped; ``settings`` is what it was made of."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        """
-        Raises:
-            MissingFileError: if the folder is no cache.
-            DataError: if shards do not exist yet, or a file is damaged.
-        """
+        """Raises a MissingFileError or DataError unless the cache is complete and intact."""
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         if not is_complete(self.folder, self.settings):
             raise DataError(
                 f"Feature cache '{self.folder}' is not complete; run the command that makes it "
-                "again, which goes on where it stopped."
+                "again, which continues where it stopped."
             )
         self._shards = list(plan_shards(self.folder, self.settings))
-        arrays = [_open_shard(shard, self.settings["num_classes"]) for shard in self._shards]
-        self._features = [features for features, *_ in arrays]
-        self._labels = [labels for _, labels, *_ in arrays]
-        # Of every view and image: shard, first RoI, end of the RoIs.
+        self._features, self._labels = [], []
+        # Shard, first RoI and end of the RoIs of every image.
         shape = (self.settings["views"], self.settings["num_images"], 3)
         self._places = np.full(shape, -1, dtype=np.int64)
-        for number, (shard, (features, _, images, offsets)) in enumerate(
-            zip(self._shards, arrays, strict=True)
-        ):
-            view = self._places[shard.view]
-            # As many images as there should be are the right ones if none comes twice.
-            unique = len(np.unique(images)) == len(images)
-            in_range = 0 <= images.min() <= images.max() < len(view)
-            if not (unique and in_range) or (view[images] >= 0).any():
-                raise _damaged(shard.path / "images.npy", "not every image once")
+        for number, shard in enumerate(self._shards):
+            features, labels, images, offsets = _open_shard(shard, self.settings)
+            self._features.append(features)
+            self._labels.append(labels)
             if features.shape[1] != self._features[0].shape[1]:
                 raise _damaged(shard.path / "features.npy", "another width than other shards")
+            view = self._places[shard.view]
+            if (view[images] >= 0).any():
+                raise _damaged(shard.path / "images.npy", "images of another shard")
             view[images] = np.stack([np.full(len(images), number), offsets[:-1], offsets[1:]], 1)
 
     def require(self, cfg: CfgNode, records: Sequence[dict]) -> None:
@@ -250,36 +226,33 @@ class FeatureCache:
         keys: Sequence[tuple[int, int]],
         sample: Callable[[np.ndarray, Sequence[int]], np.ndarray] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoIs of some images.
+        """Features (R, D) float16 and labels (R,) int64 of some images, one after another.
 
         Args:
             keys: view and image (position in the training set) of each.
-            sample: chooses RoIs before their features are read: from the labels (R,) of all images
-                and the number of RoIs of each, ascending indices of those to read. None reads all.
-
-        Returns:
-            Features (R, D) float16 and labels (R,) int64, image after image.
+            sample: from the labels (R,) of all these images and the number of RoIs of each,
+                ascending indices of the RoIs to read. None reads all.
 
         Raises:
             DataError: if a feature is infinite or NaN.
         """
         places = [self._places[key].tolist() for key in keys]
-        labels = np.concatenate([self._labels[shard][a:b] for shard, a, b in places])
-        sizes = [b - a for _, a, b in places]
+        sizes = [end - start for _, start, end in places]
+        labels = np.concatenate([self._labels[shard][start:end] for shard, start, end in places])
         chosen = sample(labels, sizes) if sample else np.arange(len(labels))
-        ends = np.cumsum(sizes)
-        of_image = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+        firsts = np.cumsum([0, *sizes[:-1]])  # of each image among the labels
+        rows = np.split(chosen, np.searchsorted(chosen, firsts[1:]))
         features = [
-            self._features[shard][rows - (end - b)]  # row 0 of the image is row a of the shard
-            for (shard, _, b), rows, end in zip(places, of_image, ends, strict=True)
+            self._features[shard][of_image - first + start]
+            for (shard, start, _), of_image, first in zip(places, rows, firsts, strict=True)
         ]
         shards = [shard for shard, *_ in places]
-        labels = torch.from_numpy(labels[chosen]).long()
-        return self._finite(np.concatenate(features), shards), labels
+        features = self._finite(np.concatenate(features), shards)
+        return features, torch.from_numpy(labels[chosen]).long()
 
     def _finite(self, features: np.ndarray, shards: Sequence[int]) -> torch.Tensor:
         tensor = torch.from_numpy(features)
-        # Faster by far than isfinite: one pass, and NaN is both least and greatest.
+        # Much faster than isfinite: one pass, and aminmax propagates NaN.
         if tensor.numel() and not all(math.isfinite(x) for x in tensor.aminmax()):
             bad = next(s for s in shards if not np.isfinite(self._features[s]).all())
             raise _damaged(self._shards[bad].path / "features.npy", "infinite or NaN")
@@ -289,51 +262,53 @@ class FeatureCache:
 def write_shard(
     shard: Shard, images: Sequence[int], rois: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """Write features (R, D) and labels (R,) of each image; the folder appears once it is whole.
-
-    Raises:
-        DataError: if a feature is not finite, or the files cannot be written.
-    """
-    if not all(np.isfinite(features).all() for features, _ in rois):
+    """Write features (R, D) and labels (R,) of each image; the folder appears once it is whole."""
+    features, labels = zip(*rois, strict=True)
+    if not all(np.isfinite(x).all() for x in features):
         raise DataError(
             f"Box features for '{shard.path}' are not finite in float16; check MODEL.WEIGHTS, or "
             "train with train_net.py."
         )
+    arrays = {
+        "features": np.concatenate(features),
+        "labels": np.concatenate(labels),
+        "images": np.asarray(images),
+        "offsets": np.cumsum([0, *map(len, features)]),
+    }
     partial = shard.path.with_name(f"{shard.path.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    sizes = [len(features) for features, _ in rois]
-    for name, array in (
-        ("labels", np.concatenate([labels for _, labels in rois])),
-        ("images", np.asarray(images, dtype=np.int64)),
-        ("offsets", np.cumsum([0, *sizes])),
-    ):
+    for name, (dtype, _) in ARRAYS.items():
         with write_atomically(partial / f"{name}.npy", "wb") as file:
-            np.save(file, array)
-    # Image after image, without another copy of a gigabyte. Not through a memory map, where a full
-    # disk kills the process.
-    header = {"descr": "<f2", "fortran_order": False, "shape": (sum(sizes), rois[0][0].shape[1])}
-    with write_atomically(partial / "features.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for features, _ in rois:
-            file.write(np.ascontiguousarray(features))
+            np.save(file, arrays[name].astype(dtype, copy=False))
     partial.rename(shard.path)
 
 
-def _open_shard(shard: Shard, num_classes: int) -> tuple[np.ndarray, ...]:
+def _open_shard(shard: Shard, settings: Settings) -> tuple[np.ndarray, ...]:
     """Features, memory-mapped, labels, images and offsets, which agree with each other."""
-    path = shard.path
-    features = _open_array(path / "features.npy", np.float16, 2)
-    labels = np.array(_open_array(path / "labels.npy", np.int32, 1))
-    images = np.array(_open_array(path / "images.npy", np.int64, 1))
-    offsets = np.array(_open_array(path / "offsets.npy", np.int64, 1))
-    if not len(images) == len(offsets) - 1 == shard.images.stop - shard.images.start:
-        raise _damaged(path, f"{len(images)} images and {len(offsets)} offsets")
-    if not len(features) == len(labels) == offsets[-1]:
-        raise _damaged(path, f"{len(features)} features, {len(labels)} labels, {offsets[-1]} RoIs")
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        raise _damaged(path / "offsets.npy", "not rising from 0")
-    if ((labels < 0) | (labels > num_classes)).any():
-        raise _damaged(path / "labels.npy", f"labels beyond 0 to {num_classes}")
+    features, *small = (
+        _open_array(shard.path / f"{name}.npy", *kind) for name, kind in ARRAYS.items()
+    )
+    labels, images, offsets = map(np.array, small)
+    size, num_images, num_classes = (
+        len(shard.places),
+        settings["num_images"],
+        settings["num_classes"],
+    )
+    rules = {
+        "features": len(features) == len(labels),
+        "labels": ((labels >= 0) & (labels <= num_classes)).all(),
+        "images": len(images) == size == len(np.unique(images))
+        and 0 <= images.min() <= images.max() < num_images,
+        "offsets": len(offsets) == size + 1
+        and (offsets[0], offsets[-1]) == (0, len(labels))
+        and (np.diff(offsets) >= 0).all(),
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise _damaged(
+                shard.path / f"{name}.npy",
+                f"its length or values do not fit {size} images and {num_classes} classes",
+            )
     return features, labels, images, offsets
 
 
@@ -350,10 +325,9 @@ def _open_array(path: Path, dtype: type, ndim: int) -> np.ndarray:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    shard = path if path.name.startswith("shard") else path.parent
     return DataError(
-        f"'{path}' is damaged ({what}); delete '{shard}' and run tools/fit_classifier.py again, "
-        "which makes it anew."
+        f"'{path}' is damaged ({what}); delete '{path.parent}' and run tools/fit_classifier.py "
+        "again, which computes it again."
     )
 
 

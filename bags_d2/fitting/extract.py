@@ -1,9 +1,8 @@
 """Pass 1: the box features of all training images, computed once.
 
-With everything but the classifier frozen, what the classifier sees of an image changes between
-epochs by augmentation and by the sampling of RoIs alone. All labelled proposals of an image are
-kept, or a choice of them, from which pass 2 samples RoIs afresh in every epoch, as training online
-does; a few augmented *views* stand for the augmentation of all epochs.
+With everything but the classifier frozen, epochs differ in augmentation and in the sampling of RoIs
+alone. A few augmented *views* of an image stand for the augmentation of all epochs; of each, all
+labelled proposals are kept, or some, from which pass 2 samples RoIs anew in every epoch.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -79,13 +78,13 @@ def extract_features(
         MissingFileError: if the checkpoint or an image does not exist.
     """
     folder = Path(folder)
-    # The processes of a run hold the folder together, through the first of them.
+    # The first process holds the folder for all.
     with lock_folder(folder) if comm.is_main_process() else contextlib.nullcontext():
         records = training_records(cfg)
         settings = cache_settings(cfg, records, views, rois_per_image, images_per_shard)
         if (folder / "cache.json").exists():
             require_settings(folder, read_settings(folder), settings)
-        # Together, as a process that is ahead would otherwise finish shards that others look for.
+        # All processes decide together: one that is ahead could finish shards that others look for.
         if all(comm.all_gather(is_complete(folder, settings))):
             logger.info("Feature cache '%s' is complete.", folder)
             return
@@ -93,12 +92,10 @@ def extract_features(
         model = load_frozen_detector(cfg)
         shards = list(plan_shards(folder, settings))
         if comm.is_main_process():
-            missing = [shard for shard in shards if not shard.path.is_dir()]
-            _check_disk_space(folder, missing, records, rois_per_image, model)
+            _check_disk_space(folder, shards, records, rois_per_image, model)
             write_json(folder / "cache.json", settings)
         comm.synchronize()  # before any process writes, the disk has been checked
-        # The share of a process is chosen before finished shards are left out: other processes may
-        # have finished some more by now, and shares must not depend on that.
+        # Shared out before finished shards are left out, of which other processes may see more.
         own = [s for s in shards[comm.get_rank() :: comm.get_world_size()] if not s.path.is_dir()]
         _extract(cfg, model, records, own, rois_per_image)
         comm.synchronize()
@@ -108,8 +105,8 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """The model of stage 2 with the weights of stage 1, ready for both passes.
 
     Raises:
-        ConfigError: if features of the classifier's input alone cannot stand for training it:
-            it is a cascade, or other parts train as well.
+        ConfigError: if it is a cascade, whose later stages see boxes that the earlier ones refined,
+            or if anything but the classifier is to be trained.
     """
     model = BAGSTrainer.build_model(cfg)
     if not (
@@ -118,25 +115,24 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
         and isinstance(model.roi_heads, StandardROIHeads)
         and not isinstance(model.roi_heads, CascadeROIHeads)
     ):
-        # A cascade's later stages see boxes that the earlier ones refined and labels of their own.
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' in MODEL.META_ARCHITECTURE "
             f"'{cfg.MODEL.META_ARCHITECTURE}' with MODEL.PROPOSAL_GENERATOR.NAME "
             f"'{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' cannot be fitted from cached features, only "
             "LongTailROIHeads with proposals of its own can; use train_net.py."
         )
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     prefix = "roi_heads.box_predictor."
-    stray = [n for n in trainable if not n.startswith(prefix) or n.startswith(f"{prefix}bbox_pred")]
-    if stray:
-        raise ConfigError(
-            f"MODEL.TRAINABLE_PARAMS {tuple(cfg.MODEL.TRAINABLE_PARAMS)} trains '{stray[0]}', but "
-            "cached features serve the classifier alone; set it to "
-            "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
-        )
-    anew = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
-    checkpointer = LongTailCheckpointer(model, cfg.OUTPUT_DIR, stage2=True, new_classifier=anew)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
+    for name, parameter in model.named_parameters():
+        is_classifier = name.startswith(prefix) and not name.startswith(f"{prefix}bbox_pred")
+        if parameter.requires_grad and not is_classifier:
+            raise ConfigError(
+                f"MODEL.TRAINABLE_PARAMS {tuple(cfg.MODEL.TRAINABLE_PARAMS)} trains '{name}', but "
+                "cached features serve the classifier alone; set it to "
+                "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
+            )
+    new = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
+    LongTailCheckpointer(model, stage2=True, new_classifier=new).load(cfg.MODEL.WEIGHTS)
+    propose_only(model.proposal_generator)
     return model.train()
 
 
@@ -146,25 +142,19 @@ def roi_features(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Features (R, D) and labels (R,) of each image that a step would train the classifier on.
 
-    The steps are those of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` in training
-    mode up to the box predictor, but for the losses of the RPN.
-
-    Args:
-        model: the detector, in training mode; needs an EventStorage around the call.
-        inputs: as for the model.
+    These are the steps of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` up to the
+    box predictor. The model must be in training mode, with an EventStorage around the call.
     """
     heads = model.roi_heads
     images = model.preprocess_image(inputs)
-    # A sampled proposal takes all fields of its object with it, and a mask for each of a thousand
-    # proposals is a gigabyte.
-    objects = [x["instances"] for x in inputs]
+    # A sampled proposal gets all fields of its object, and a mask for each of a thousand proposals
+    # is a gigabyte.
     targets = [
         Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to(model.device)
-        for x in objects
+        for x in (x["instances"] for x in inputs)
     ]
     features = model.backbone(images.tensor)
-    with without_rpn_losses(model.proposal_generator):
-        proposals, _ = model.proposal_generator(images, features, targets)
+    proposals, _ = model.proposal_generator(images, features, targets)
     proposals = heads.label_and_sample_proposals(proposals, targets)
     boxes = [p.proposal_boxes for p in proposals]
     pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
@@ -173,24 +163,18 @@ def roi_features(
     return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
 
 
-@contextlib.contextmanager
-def without_rpn_losses(rpn: RPN) -> Iterator[None]:
-    """Let an RPN in training mode propose only: its losses are a tenth of an extraction's time."""
+def propose_only(rpn: RPN) -> None:
+    """Let an RPN compute no losses in training mode: they take a tenth of an extraction's time."""
     rpn.label_and_sample_anchors = lambda *_: (None, None)
     rpn.losses = lambda *_: {}
-    try:
-        yield
-    finally:
-        del rpn.label_and_sample_anchors, rpn.losses
 
 
 def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> None:
     """Let RoI heads in training mode sample the RoIs that a cache keeps of an image.
 
-    All of them (None), or so many: what a step samples, and of the rest as much foreground as
-    background. That is a larger share of foreground than a step's, since RoIs of the tail are few,
-    and each adds more than yet another piece of background. If a step samples more than are to be
-    kept, its foreground goes first.
+    All of them (None), or what a step samples and of the rest as much foreground as background: a
+    larger share of foreground than a step's, since RoIs of the tail are few. If a step samples more
+    than are to be kept, its foreground takes precedence.
     """
     if rois_per_image is None:
         heads.batch_size_per_image, heads.positive_fraction = sys.maxsize, 1.0
@@ -199,13 +183,13 @@ def sample_for_cache(heads: StandardROIHeads, rois_per_image: int | None) -> Non
     of_step = int(heads.batch_size_per_image * heads.positive_fraction)
     num_foreground = min(of_step + rest // 2, rois_per_image)
     heads.batch_size_per_image = rois_per_image
-    # Rounded down after multiplication, which must give this very number.
+    # Detectron2 rounds the product down, which must give this very number.
     heads.positive_fraction = (num_foreground + 0.5) / rois_per_image
 
 
 @dataclasses.dataclass
 class _Images(Dataset):
-    """Training images by (view, position), augmented alike whichever process asks and when."""
+    """Training images by (view, position), augmented alike in any process and order."""
 
     records: list[dict]
     mapper: Callable[[dict], dict]
@@ -218,12 +202,12 @@ class _Images(Dataset):
 def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int | None) -> None:
     order = list(range(len(records)))
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        # As online: padding portraits and landscapes to a common size costs up to twice the work.
+        # Padding portraits and landscapes to a common size costs up to twice the work.
         order.sort(key=lambda i: records[i]["width"] > records[i]["height"])
     batches = [
-        [(shard.view, image) for image in order[shard.images][i : i + IMAGES_PER_BATCH]]
+        [(shard.view, order[i]) for i in shard.places[start : start + IMAGES_PER_BATCH]]
         for shard in shards
-        for i in range(0, shard.images.stop - shard.images.start, IMAGES_PER_BATCH)
+        for start in range(0, len(shard.places), IMAGES_PER_BATCH)
     ]
     loader = DataLoader(
         _Images(records, NamingDatasetMapper(cfg, is_train=True)),
@@ -232,22 +216,18 @@ def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int |
         collate_fn=list,
     )
     device = model.device.type
+    autocast = torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda")
     sample_for_cache(model.roi_heads, rois_per_image)
-    waiting, rois = iter(shards), []
-    shard = next(waiting, None)
-    with (
-        EventStorage(),
-        torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda"),
-    ):
-        progress = tqdm(loader, "box features", disable=not comm.is_main_process())
-        for keys, inputs in zip(batches, progress, strict=True):
-            seed_generators(_seed("sampling", *keys[0]), device)
-            for features, labels in roi_features(model, inputs):
-                rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
-            images = order[shard.images]
-            if len(rois) == len(images):
-                write_shard(shard, images, rois)
-                shard, rois = next(waiting, None), []
+    loaded = zip(batches, loader, strict=True)
+    with EventStorage(), autocast:
+        for shard in tqdm(shards, "shards of box features", disable=not comm.is_main_process()):
+            rois = []
+            while len(rois) < len(shard.places):
+                keys, inputs = next(loaded)
+                seed_generators(_seed("sampling", *keys[0]), device)
+                for features, labels in roi_features(model, inputs):
+                    rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
+            write_shard(shard, [order[i] for i in shard.places], rois)
 
 
 def _seed(*parts) -> int:
@@ -257,19 +237,15 @@ def _seed(*parts) -> int:
 def _check_disk_space(
     folder: Path, shards: Sequence[Shard], records, rois_per_image: int | None, model
 ) -> None:
-    """Raise a ConfigError unless the features of these shards fit on the disk."""
+    """Raise a ConfigError unless the features of the missing shards fit on the disk."""
     shape = model.roi_heads.box_head.output_shape
     bytes_per_roi = 2 * shape.channels * (shape.height or 1) * (shape.width or 1) + 4
-    num_images = sum(shard.images.stop - shard.images.start for shard in shards)
-    if rois_per_image is None:
-        num_rois = num_images * model.proposal_generator.post_nms_topk[True]
-        if model.roi_heads.proposal_append_gt:
-            num_objects = sum(len(record.get("annotations", ())) for record in records)
-            num_rois += num_objects * num_images // len(records)
-    else:
-        num_rois = num_images * rois_per_image
-    needed = num_rois * bytes_per_roi
-    free = shutil.disk_usage(folder).free
+    num_images = sum(len(shard.places) for shard in shards if not shard.path.is_dir())
+    num_rois = num_images * (rois_per_image or model.proposal_generator.post_nms_topk[True])
+    if rois_per_image is None and model.roi_heads.proposal_append_gt:
+        num_objects = sum(len(record.get("annotations", ())) for record in records)
+        num_rois += num_objects * num_images // len(records)
+    needed, free = num_rois * bytes_per_roi, shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"Feature cache '{folder}' needs up to {needed:,} bytes more and its disk has {free:,} "

@@ -7,13 +7,13 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, default_writers, hooks
+from detectron2.engine import hooks
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -23,21 +23,23 @@ from ..data.build import training_records
 from ..data.class_record import ClassRecord
 from ..data.samplers import EpochOrder, epoch_order
 from ..engine.finite import GuardedSimpleTrainer
+from ..engine.setup import check_settings
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError, NonFiniteLossError
+from ..utils.events import default_writers
 from ..utils.files import lock_folder, write_atomically
 from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
 from .extract import load_frozen_detector
 
-__all__ = ["ClassifierLoss", "cached_batches", "fit_classifier", "roi_sampler", "sample_rois"]
+__all__ = ["ClassifierLoss", "ClassifierTrainer", "cached_batches", "fit_classifier", "sample_rois"]
 
 logger = logging.getLogger(__name__)
 
-# Steps between lines in the log and in metrics.json. Detectron2's 20 would be a good part of the
-# time of steps that take milliseconds.
+# Detectron2's 20 would be a good part of the time of steps that take milliseconds.
 LOG_PERIOD = 100
+PROGRESS_FILE = "fitting.pth"  # in OUTPUT_DIR
 
 Batch = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
@@ -45,9 +47,9 @@ Batch = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     """Fit the classifier of ``MODEL.ROI_BOX_PREDICTOR.NAME`` with the config's solver.
 
-    Initial weights are those that training online with the same ``SEED`` starts from. Progress is
-    kept in ``OUTPUT_DIR/fitting.pth``; a fit that was killed goes on from there, to the result
-    that it would have had. One process does all the work.
+    Initial weights are those that training online with the same ``SEED`` starts from. A fit that
+    was killed resumes from ``OUTPUT_DIR/fitting.pth`` and ends with the same weights. One process
+    does all the work.
 
     Args:
         cfg: config of stage 2. ``SOLVER.REFERENCE_WORLD_SIZE`` is the number of devices whose
@@ -59,14 +61,15 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         Path of ``OUTPUT_DIR/model_final.pth``: the whole detector with the fitted classifier.
 
     Raises:
-        ConfigError: if the cache is of other settings or data, the config cannot be fitted from
-            cached features, or ``OUTPUT_DIR`` holds an unfinished fit of other settings.
-        DataError: if the cache is incomplete or damaged.
+        ConfigError: if the cache is of other settings or data, a setting cannot work, or
+            ``OUTPUT_DIR`` holds an unfinished fit of other settings.
+        DataError: if the cache or the unfinished fit is incomplete or damaged.
         FolderInUseError: if another process fits to ``OUTPUT_DIR``.
         MissingFileError: if there is no cache, or no checkpoint.
-        NonFiniteLossError: if more than ``SOLVER.MAX_NONFINITE_STEPS`` losses, or weights, are
-            infinite or NaN; they are not written.
+        NonFiniteLossError: if weights, or more than ``SOLVER.MAX_NONFINITE_STEPS`` losses, are
+            infinite or NaN; no such weights are written.
     """
+    check_settings(cfg)
     with lock_folder(cfg.OUTPUT_DIR):
         cache = FeatureCache(folder)
         records = training_records(cfg)
@@ -74,12 +77,12 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         seed_all_rng(_seed_of(cfg))
         model = load_frozen_detector(cfg)
         predictor = model.roi_heads.box_predictor
-        progress = Path(cfg.OUTPUT_DIR) / "fitting.pth"
+        progress = Path(cfg.OUTPUT_DIR) / PROGRESS_FILE
         try:
             if hasattr(predictor, "fit_features"):
                 predictor.fit_features(cache.parts())
             else:
-                _train(cfg, cache, epoch_order(cfg, records), predictor, progress)
+                ClassifierTrainer(cfg, cache, predictor).fit(epoch_order(cfg, records))
             _require_finite(predictor)
         except NonFiniteLossError as error:
             what = str(error).partition(", on the images")[0]
@@ -95,50 +98,88 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
     return path
 
 
-def _train(
-    cfg: CfgNode, cache: FeatureCache, order: EpochOrder, predictor: nn.Module, path: Path
-) -> None:
-    num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
-    if num_images % num_parts:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {num_images} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE "
-            f"{num_parts}; change one of them."
+class ClassifierTrainer(GuardedSimpleTrainer):
+    """Trains a predictor on cached features, and resumes an unfinished fit.
+
+    Each step is a function of its number and the weights before it.
+    """
+
+    def __init__(self, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
+        num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
+        if num_images % num_parts:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH {num_images} is not a multiple of "
+                f"SOLVER.REFERENCE_WORLD_SIZE {num_parts}; change one of them."
+            )
+        optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
+        super().__init__(
+            ClassifierLoss(predictor, cfg.MODEL.DEVICE),
+            None,  # the first batch is known once the progress has been read
+            optimizer,
+            max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
+            gather_metric_period=LOG_PERIOD,
         )
-    optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
-    trainer = GuardedSimpleTrainer(
-        ClassifierLoss(predictor, cfg.MODEL.DEVICE),
-        None,  # what to go on with is known once the progress has been read
-        optimizer,
-        max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
-        gather_metric_period=LOG_PERIOD,
-    )
-    progress = _Progress(path, cfg, cache, predictor)
-    writers = default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
-    trainer.register_hooks(
-        [
-            hooks.LRScheduler(optimizer, BAGSTrainer.build_lr_scheduler(cfg, optimizer)),
-            progress,  # after the scheduler, whose state it saves
-            hooks.PeriodicWriter(writers, period=LOG_PERIOD),
-        ]
-    )
-    start = progress.resume()
-    division = (num_images // num_parts, num_parts)
-    trainer.reset_data_loader(
-        lambda: cached_batches(cache, *division, roi_sampler(cfg), order, _seed_of(cfg), start)
-    )
-    logger.info("Fitting the classifier of %s on '%s'", type(predictor).__name__, cache.folder)
-    trainer.train(start, cfg.SOLVER.MAX_ITER)
+        self.cfg, self.cache, self.predictor = cfg, cache, predictor
+        self.path = Path(cfg.OUTPUT_DIR) / PROGRESS_FILE
+        self.device = torch.device(cfg.MODEL.DEVICE).type
+        # Where and how often a fit may be resumed, not what it computes.
+        may_change = ("MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
+        may_change += ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_NONFINITE_STEPS")
+        self.settings = {
+            **select_config(cfg, ("MODEL.*", "SOLVER.*", "DATALOADER.*", "SEED"), may_change),
+            **{f"cache.{name}": value for name, value in cache.settings.items()},
+        }
+        schedule = BAGSTrainer.build_lr_scheduler(cfg, optimizer)
+        writers = default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
+        self.register_hooks(
+            [hooks.LRScheduler(optimizer, schedule), hooks.PeriodicWriter(writers, LOG_PERIOD)]
+        )
 
+    def fit(self, order: EpochOrder) -> None:
+        """Train to the end, from the step after the last that was saved."""
+        start = self.resume()
+        self.reset_data_loader(lambda: cached_batches(self.cfg, self.cache, order, start))
+        name = type(self.predictor).__name__
+        logger.info("Fitting the classifier of %s on '%s'", name, self.cache.folder)
+        self.train(start, self.cfg.SOLVER.MAX_ITER)
 
-def roi_sampler(cfg: CfgNode) -> Callable[..., np.ndarray]:
-    """:func:`sample_rois` for a config."""
-    heads = cfg.MODEL.ROI_HEADS
-    return functools.partial(
-        sample_rois,
-        num_rois=heads.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=heads.POSITIVE_FRACTION,
-        num_classes=heads.NUM_CLASSES,
-    )
+    def resume(self) -> int:
+        """Restore an unfinished fit; returns the step to resume at."""
+        if not self.path.exists():
+            return 0
+        try:
+            saved = read_checkpoint(self.path)
+            difference = first_difference(saved["settings"], self.settings)
+            if not difference:
+                self.predictor.load_state_dict(saved["model"])
+                self.load_state_dict(saved["trainer"])
+                _require_finite(self.predictor)
+                start = range(self.cfg.SOLVER.MAX_ITER + 1).index(self.iter + 1)
+        except Exception as error:  # states of another form raise nearly anything
+            detail = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"'{self.path}' is not the progress of a fit or is damaged ({detail}); delete it "
+                "and run the same command again, which starts over."
+            ) from None
+        if difference:
+            raise ConfigError(
+                f"'{self.path}' is an unfinished fit with other settings: {difference}; delete it "
+                "or set another OUTPUT_DIR."
+            )
+        logger.info("Resuming after step %d of '%s'", start - 1, self.path)
+        return start
+
+    def before_step(self) -> None:
+        super().before_step()
+        # The predictor may draw from the global generators, as BAGS draws its "others".
+        seed_generators(step_seed(_seed_of(self.cfg), self.iter), self.device)
+
+    def after_step(self) -> None:
+        super().after_step()  # the schedule's step is part of what is saved
+        if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0:
+            _require_finite(self.predictor)
+            model, trainer = self.predictor.state_dict(), self.state_dict()
+            _save({"settings": self.settings, "model": model, "trainer": trainer}, self.path)
 
 
 def sample_rois(
@@ -156,7 +197,7 @@ def sample_rois(
         sizes: number of RoIs of each image.
         generator: source of randomness.
         num_rois: RoIs to sample of an image, all if there are fewer.
-        positive_fraction: the part of them that foreground may take.
+        positive_fraction: the largest share of them that is foreground.
         num_classes: K, the label of background.
 
     Returns:
@@ -175,33 +216,26 @@ def sample_rois(
 
 
 def cached_batches(
-    cache: FeatureCache,
-    images_per_part: int,
-    num_parts: int,
-    sample: Callable[..., np.ndarray],
-    order: EpochOrder,
-    seed: int = 0,
-    start: int = 0,
+    cfg: CfgNode, cache: FeatureCache, order: EpochOrder, start: int = 0
 ) -> Iterator[Batch]:
-    """Endless batches of cached images in the order of a training run.
+    """Endless batches of cached images, in one part for each device, from step ``start`` on.
 
-    Batches run over the ends of epochs. Epoch after epoch takes the next view, and samples RoIs of
-    it afresh. A batch follows from the seed and its step alone, so a run can go on anywhere.
-
-    Args:
-        cache: the features.
-        images_per_part: images of a device's batch.
-        num_parts: devices.
-        sample: see :func:`roi_sampler`.
-        order: positions of an epoch's images.
-        seed: of the order and of the RoIs.
-        start: step of the first batch.
+    Epochs take the views in turn and sample RoIs anew; batches may span two epochs. A batch
+    follows from ``SEED`` and its step alone, so that a run can resume anywhere.
     """
-    keys = epoch_keys(order, cache.settings["views"], seed, start * images_per_part * num_parts)
+    heads, seed = cfg.MODEL.ROI_HEADS, _seed_of(cfg)
+    num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
+    keys = epoch_keys(order, cache.settings["views"], seed, start * num_images)
     for step in itertools.count(start):
-        draw = functools.partial(sample, generator=np.random.default_rng((seed, step)))
+        sample = functools.partial(
+            sample_rois,
+            generator=np.random.default_rng((seed, step)),
+            num_rois=heads.BATCH_SIZE_PER_IMAGE,
+            positive_fraction=heads.POSITIVE_FRACTION,
+            num_classes=heads.NUM_CLASSES,
+        )
         yield tuple(
-            cache.read(list(itertools.islice(keys, images_per_part)), draw)
+            cache.read(list(itertools.islice(keys, num_images // num_parts)), sample)
             for _ in range(num_parts)
         )
 
@@ -209,7 +243,7 @@ def cached_batches(
 def epoch_keys(
     order: EpochOrder, views: int, seed: int, start: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """View and image of every sample from a given one on."""
+    """View and image of every sample from number ``start`` on."""
     generator = torch.Generator()
     for epoch in itertools.count():
         images = order(generator.manual_seed(step_seed(seed, epoch))).tolist()
@@ -228,74 +262,15 @@ class ClassifierLoss(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``loss_cls``, the mean over devices, as DistributedDataParallel averages gradients."""
-        losses = [self._loss(features, labels) for features, labels in batch]
-        return {"loss_cls": torch.stack(losses).mean()}
+        return {"loss_cls": torch.stack([self._loss(*part) for part in batch]).mean()}
 
     def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # A box that is not degenerate, since a predictor of another family may encode it.
+        # Losses that regress boxes need some that are not degenerate.
         boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).expand(len(labels), 4))
         rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
         rois.gt_classes = labels.to(self.device, non_blocking=True)
         predictions = self.predictor(features.to(self.device, non_blocking=True).float())
         return self.predictor.losses(predictions, [rois])["loss_cls"]
-
-
-class _Progress(HookBase):
-    """Makes each step a function of its number, and saves what is needed to go on after it."""
-
-    def __init__(self, path: Path, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
-        self.path = path
-        self.period, self.num_steps = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER
-        self.predictor = predictor
-        self.seed = _seed_of(cfg)
-        self.device = torch.device(cfg.MODEL.DEVICE).type
-        # What may differ between a fit and its continuation: where and how often, not what.
-        indifferent = ("MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
-        indifferent += ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.MAX_NONFINITE_STEPS")
-        self.settings = {
-            **select_config(cfg, ("MODEL.*", "SOLVER.*", "DATALOADER.*", "SEED"), indifferent),
-            **{f"cache.{name}": value for name, value in cache.settings.items()},
-        }
-
-    def resume(self) -> int:
-        """Restore an unfinished fit; returns the step to go on with."""
-        if not self.path.exists():
-            return 0
-        try:
-            saved = read_checkpoint(self.path)
-            difference = first_difference(saved["settings"], self.settings)
-            if not difference:
-                self.predictor.load_state_dict(saved["model"])
-                self.trainer.load_state_dict(saved["trainer"])
-                _require_finite(self.predictor)
-                start = range(self.num_steps + 1).index(self.trainer.iter + 1)
-        except Exception as error:  # states of another form raise nearly anything
-            detail = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"'{self.path}' is not the progress of a fit or is damaged ({detail}); delete it "
-                "and run the same command again, which starts anew."
-            ) from None
-        if difference:
-            raise ConfigError(
-                f"'{self.path}' is an unfinished fit with other settings: {difference}; delete it "
-                "or set another OUTPUT_DIR."
-            )
-        logger.info("Going on after step %d of '%s'", start - 1, self.path)
-        return start
-
-    def before_step(self) -> None:
-        # The predictor may draw from the global generators, BAGS its "others" among them.
-        seed_generators(step_seed(self.seed, self.trainer.iter), self.device)
-
-    def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self.period == 0:
-            _require_finite(self.predictor)
-            state = {
-                "settings": self.settings,
-                "model": self.predictor.state_dict(),
-                "trainer": self.trainer.state_dict(),
-            }
-            _save(state, self.path)
 
 
 def _seed_of(cfg: CfgNode) -> int:

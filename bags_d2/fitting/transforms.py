@@ -18,11 +18,10 @@ def tau_normalize(
 ) -> dict[str, torch.Tensor]:
     """Divide the weights of classes by a power of their norm: ``w_c / ||w_c||^tau``.
 
-    Kang et al., ICLR 2020, section 4. That paper is about classification; for detection, BAGS
-    reports it without telling what happens to background and biases (published: 11.01 AP for all
-    classes and 21.61 for those of the tail, against 20.98). Here both are left alone, and norms
-    are not rescaled to their former mean: with tau 1 every chosen class has the norm 1, whatever
-    that of background.
+    Kang et al., ICLR 2020, section 4, on classification. BAGS reports it for detection (11.01 AP
+    for all classes and 21.61 for those of the tail, against 20.98) and does not say what happens to
+    background and biases. Here both are left alone, and norms are not rescaled to their former
+    mean: with tau 1 every chosen class has the norm 1, whatever that of background.
 
     Args:
         state_dict: the "model" entry of a checkpoint, of any number of cascade stages.

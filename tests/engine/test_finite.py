@@ -71,6 +71,18 @@ def test_training_stops_with_iteration_group_and_images(make_trainer, tmp_path, 
     assert all(w.isfinite().all() for w in weights.values())
 
 
+def test_steps_that_were_left_out_count_after_a_resume(make_trainer):
+    options = ("SOLVER.MAX_NONFINITE_STEPS", "1")
+    first = make_trainer(*options)
+    poison(first, {1})
+    first.train()
+    resumed = make_trainer(*options, "SOLVER.MAX_ITER", "10")
+    resumed.resume_or_load(resume=True)
+    poison(resumed, {8})
+    with pytest.raises(NonFiniteLossError, match="at iteration 8"):
+        resumed.train()
+
+
 def test_some_such_steps_may_be_left_out(make_trainer, log_lines):
     lines = log_lines("bags_d2.engine.finite")
     trainer = make_trainer("SOLVER.MAX_NONFINITE_STEPS", "2")

@@ -108,8 +108,7 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     records = training_records(cfg)
     images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[key] for key in keys]
-    # The losses of the RPN would draw from the generator before RoIs are sampled.
-    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
+    with EventStorage():
         pass1.seed_generators(pass1._seed("sampling", *keys[0]))
         model(batch)
 
@@ -140,7 +139,7 @@ def test_all_labelled_proposals_are_kept(make_cfg, tmp_path):
     records = training_records(cfg)
     images = pass1._Images(records, DatasetMapper(cfg, is_train=True))
     batch = [images[0, i] for i in range(8)]
-    with EventStorage(), pass1.without_rpn_losses(model.proposal_generator):
+    with EventStorage():
         pictures = model.preprocess_image(batch)
         targets = [x["instances"] for x in batch]
         with torch.no_grad():
@@ -422,7 +421,7 @@ def test_a_disk_that_fills_up_leaves_no_half_shard(make_cfg, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        patch.setattr(np, "save", full)
         with pytest.raises(DataError, match=r"features\.npy' could not be written \(No space"):
             extract_features(make_cfg(), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("view*/shard?????"))
@@ -458,7 +457,7 @@ def test_what_a_cache_cannot_stand_for_is_refused(options, message, make_cfg, tm
 
 
 def test_absent_and_damaged_files_are_named(make_cfg, tmp_path):
-    with pytest.raises(MissingFileError, match=r"nowhere' is no feature cache"):
+    with pytest.raises(MissingFileError, match=r"nowhere' is not a feature cache"):
         FeatureCache(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match=r"absent\.pth.*MODEL\.WEIGHTS"):
         extract_features(make_cfg("MODEL.WEIGHTS", str(tmp_path / "absent.pth")), tmp_path / "c")

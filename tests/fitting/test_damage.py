@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage") / "cache"
     generator = np.random.default_rng(0)
     for shard in plan_shards(folder, SETTINGS):
-        images = range(NUM_IMAGES)[shard.images]
+        images = shard.places
         rois = [
             (
                 generator.normal(size=(i + 1, WIDTH)).astype(np.float16),

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 import train_net
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
@@ -31,11 +31,10 @@ from bags_d2.fitting.extract import (
     extract_features,
     load_frozen_detector,
     roi_features,
-    without_rpn_losses,
 )
 from bags_d2.fitting.train import (
     ClassifierLoss,
-    _Progress,
+    ClassifierTrainer,
     cached_batches,
     epoch_keys,
     fit_classifier,
@@ -54,9 +53,6 @@ BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
 SOFTMAX = ("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
 SIGMOID = (*SOFTMAX, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True")
 NUM_IMAGES, NUM_CLASSES = 35, 6
-SAMPLE = functools.partial(
-    sample_rois, num_rois=32, positive_fraction=0.25, num_classes=NUM_CLASSES
-)
 ORDER = functools.partial(shuffled, torch.arange(NUM_IMAGES))
 
 
@@ -112,8 +108,7 @@ def test_gradient_of_a_step_is_that_of_the_online_step(predictor, cfg_of, stage1
 
     with EventStorage():
         seed_all_rng(5)
-        with without_rpn_losses(model.proposal_generator):  # which would draw random numbers
-            online_loss = model(batch)["loss_cls"]
+        online_loss = model(batch)["loss_cls"]
         online = gradients(online_loss)
         seed_all_rng(5)
         rois = roi_features(model, batch)
@@ -159,9 +154,11 @@ def test_rois_are_sampled_as_detectron2_does(num_rois, positive_fraction):
                 assert (seen[of_kind] - 400 * share).abs().max() <= 4.5 * deviation
 
 
-def test_rois_are_sampled_afresh_in_each_epoch(stage1):
+def test_rois_are_sampled_afresh_in_each_epoch(cfg_of, stage1):
     cache = FeatureCache(stage1 / "cache")
-    epoch = cached_batches(cache, NUM_IMAGES, 1, SAMPLE, lambda _: torch.arange(NUM_IMAGES))
+    epoch = cached_batches(
+        cfg_of("SOLVER.IMS_PER_BATCH", NUM_IMAGES), cache, lambda _: torch.arange(NUM_IMAGES)
+    )
     (first,), _, (third,) = itertools.islice(epoch, 3)  # views alternate
     assert len(first[1]) == len(third[1]) == NUM_IMAGES * 32
     assert not torch.equal(first[0], third[0])
@@ -172,15 +169,17 @@ def test_rois_are_sampled_afresh_in_each_epoch(stage1):
 
 def test_loss_is_the_mean_over_devices(cfg_of, stage1):
     cache = FeatureCache(stage1 / "cache")
-    model = load_frozen_detector(cfg_of(*SOFTMAX))
+    cfg = cfg_of(*SOFTMAX, "SOLVER.IMS_PER_BATCH", 6, "SOLVER.REFERENCE_WORLD_SIZE", 3)
+    model = load_frozen_detector(cfg)
     loss_of = ClassifierLoss(model.roi_heads.box_predictor)
-    batch = next(cached_batches(cache, 2, 3, SAMPLE, ORDER))
+    batch = next(cached_batches(cfg, cache, ORDER))
+    assert len(batch) == 3
     with EventStorage():
         parts = torch.stack([loss_of([part])["loss_cls"] for part in batch])
         torch.testing.assert_close(loss_of(batch)["loss_cls"], parts.mean())
 
 
-def test_every_image_comes_once_in_an_epoch_and_views_alternate(stage1):
+def test_every_image_comes_once_in_an_epoch_and_views_alternate(cfg_of, stage1):
     cache = FeatureCache(stage1 / "cache")
     keys = list(itertools.islice(epoch_keys(ORDER, 2, seed=1), 3 * NUM_IMAGES))
     epochs = [keys[i : i + NUM_IMAGES] for i in range(0, len(keys), NUM_IMAGES)]
@@ -189,7 +188,8 @@ def test_every_image_comes_once_in_an_epoch_and_views_alternate(stage1):
         assert sorted(image for _, image in epoch) == list(range(NUM_IMAGES))
     assert epochs[0] != [(0, image) for _, image in epochs[2]]
     # A batch follows from its step alone, also over the end of an epoch.
-    batches = functools.partial(cached_batches, cache, 2, 2, SAMPLE, ORDER, 1)
+    options = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 2, "SEED", 1)
+    batches = functools.partial(cached_batches, cfg_of(*options), cache, ORDER)
     expected = list(itertools.islice(batches(), 12))[7:]
     torch.testing.assert_close(list(itertools.islice(batches(7), 5)), expected, rtol=0, atol=0)
 
@@ -218,7 +218,8 @@ def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, s
 
 def test_training_lowers_the_loss(cfg_of, stage1):
     cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 1e-3)
-    batch = next(cached_batches(FeatureCache(stage1 / "cache"), NUM_IMAGES, 1, SAMPLE, ORDER))
+    whole_epoch = cfg_of("SOLVER.IMS_PER_BATCH", NUM_IMAGES)
+    batch = next(cached_batches(whole_epoch, FeatureCache(stage1 / "cache"), ORDER))
 
     def loss(weights):
         model = load_frozen_detector(cfg_of(*BAGS, "MODEL.WEIGHTS", str(weights)))
@@ -238,14 +239,14 @@ def test_killed_fit_goes_on_to_the_same_weights(cfg_of, stage1, tmp_path, sample
         options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
         cfg = cfg_of(*BAGS, *options, *in_order, "SOLVER.REFERENCE_WORLD_SIZE", 2, run=run)
         if kill_after:
-            save = _Progress.after_step
+            save = ClassifierTrainer.after_step
 
             def after_step(self):
                 save(self)
-                if self.trainer.iter + 1 == kill_after:
+                if self.iter + 1 == kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            _Progress.after_step = after_step
+            ClassifierTrainer.after_step = after_step
         return fit_classifier(cfg, stage1 / "cache")
 
     whole = weights_of(fit("whole"))
@@ -406,6 +407,27 @@ def test_some_steps_whose_loss_is_not_finite_may_be_left_out(cfg_of, stage1, mon
     )
 
 
+def test_steps_that_were_left_out_count_after_a_resume(unfinished, stage1, monkeypatch):
+    cfg, path = unfinished
+    cfg.SOLVER.MAX_NONFINITE_STEPS = 1
+    assert torch.load(path, weights_only=True)["trainer"]["skips"] == 0
+    resave(path, lambda content: content["trainer"].update(skips=1))
+    original = ClassifierLoss.forward
+    nan = {"loss_cls": torch.tensor(float("nan"), requires_grad=True)}
+    calls = itertools.count()
+    monkeypatch.setattr(
+        ClassifierLoss, "forward", lambda *args: original(*args) if next(calls) != 3 else nan
+    )
+    with pytest.raises(NonFiniteLossError, match="loss at iteration 8"):
+        fit_classifier(cfg, stage1 / "cache")
+
+
+@pytest.mark.parametrize("rate", [float("inf"), 1e39, float("nan")])
+def test_a_learning_rate_beyond_float32_is_refused(rate, cfg_of, stage1):
+    with pytest.raises(ConfigError, match=r"^SOLVER\.BASE_LR is \S+; it must be at least 0 and"):
+        fit_classifier(cfg_of(*BAGS, "SOLVER.BASE_LR", rate), stage1 / "cache")
+
+
 @pytest.mark.parametrize("predictor", ["BAGSOutputLayers", "NearestMeanOutputLayers"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_features_that_are_not_finite_are_not_trained_on(
@@ -434,15 +456,15 @@ def unfinished(cfg_of, stage1, tmp_path, monkeypatch):
     """The config of a fit that was interrupted, and its progress."""
     options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
     cfg = cfg_of(*BAGS, *options)
-    save = _Progress.after_step
+    save = ClassifierTrainer.after_step
 
     def after_step(self):
         save(self)
-        if self.trainer.iter == 6:
+        if self.iter == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Progress, "after_step", after_step)
+        patch.setattr(ClassifierTrainer, "after_step", after_step)
         with pytest.raises(KeyboardInterrupt):
             fit_classifier(cfg, stage1 / "cache")
     return cfg, tmp_path / "run" / "fitting.pth"
@@ -470,6 +492,7 @@ DAMAGES = {
     "iteration a text": lambda p: resave(p, lambda c: c["trainer"].update(iteration="5")),
     "iteration negative": lambda p: resave(p, lambda c: c["trainer"].update(iteration=-7)),
     "iteration beyond the end": lambda p: resave(p, lambda c: c["trainer"].update(iteration=99)),
+    "left-out steps a text": lambda p: resave(p, lambda c: c["trainer"].update(skips="1")),
     "trainer a number": lambda p: resave(p, lambda c: c.update(trainer=3)),
 }
 
@@ -509,8 +532,15 @@ def test_a_full_disk_keeps_the_progress(unfinished, stage1, monkeypatch):
     fit_classifier(cfg, stage1 / "cache")
 
 
-def test_metrics_are_strict_json_with_the_total_loss(cfg_of, stage1, tmp_path):
+def test_metrics_are_strict_json_with_the_total_loss(cfg_of, stage1, tmp_path, monkeypatch):
     cfg = cfg_of(*BAGS, "SOLVER.MAX_ITER", 230, "SOLVER.STEPS", ())
+    original = ClassifierLoss.forward
+
+    def forward(self, batch):
+        get_event_storage().put_scalar("undefined", float("nan"))
+        return original(self, batch)
+
+    monkeypatch.setattr(ClassifierLoss, "forward", forward)
     fit_classifier(cfg, stage1 / "cache")
 
     def refuse(name):
@@ -519,4 +549,5 @@ def test_metrics_are_strict_json_with_the_total_loss(cfg_of, stage1, tmp_path):
     lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["iteration"] for row in rows if "total_loss" in row] == [99, 199]
+    assert all(row["undefined"] is None for row in rows if "total_loss" in row)
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
