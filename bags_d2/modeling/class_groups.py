@@ -163,6 +163,7 @@ class ClassGroups(ClassCounts):
     ) -> None:
         """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had."""
         super().__init__(class_counts, undetermined_because)
+        self.num_classes = len(class_to_group)  # which a caller may yet compare with the counts
         self.num_groups = len(thresholds) + 1
         self.register_buffer("class_to_group", class_to_group.long())
         self.register_buffer("thresholds", torch.tensor(list(thresholds), dtype=torch.long))
