@@ -52,7 +52,7 @@ def build(name, skip, counts_file):
             *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.SKIP_FROZEN", skip),
             *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NUM_GROUPS", 1),
             *("MODEL.RESNETS.WIDTH_PER_GROUP", 64),
-            *("MODEL.BAGS.CLASS_COUNTS_FILE", counts_file),
+            *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", counts_file),
         ]
     )
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from detectron2.config.compat import guess_version
 
 from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
+from .renamed import rename_keys
 
 __all__ = [
     "find_config",
@@ -170,6 +171,7 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' is no config: it must hold 'KEY: value' lines.")
+    rename_keys(content)
     bases = content.pop(_BASE, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
