@@ -49,12 +49,6 @@ def test_files_that_are_named_exist(page):
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
-def test_configs_named_in_the_table_exist():
-    names = re.findall(r"`((?:lvis|coco)_[\w.]+)`", (ROOT / "README.md").read_text())
-    assert len(names) >= 5
-    assert not [n for n in names if not (ROOT / "configs" / f"{n}.yaml").exists()]
-
-
 def test_the_config_reference_is_that_of_the_code():
     source = (ROOT / "bags_d2" / "config" / "defaults.py").read_text()
     expected = write_config_reference.render(source)

@@ -68,3 +68,12 @@ def test_keys_below_a_value_of_the_base_are_an_error(tmp_path):
     (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nMODEL: {DEVICE: cpu}\n")
     with pytest.raises(ConfigError, match=r"b\.yaml' has keys below 'MODEL', which is a value"):
         read_config_file(tmp_path / "b.yaml")
+
+
+def test_a_method_that_is_built_on_itself_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("bags_d2.config.files.CONFIGS", tmp_path)
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "my_baseline.yaml").write_text("SEED: 1\n")
+    (tmp_path / "methods" / "x.yaml").write_text("_BASE_: ../my_x.yaml\n")  # which has no file
+    with pytest.raises(ConfigError, match=r"x\.yaml' is its own _BASE_"):
+        read_config_file(tmp_path / "my_baseline.yaml", "x")
