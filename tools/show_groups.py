@@ -11,6 +11,7 @@ from tabulate import tabulate
 from bags_d2 import ConfigError
 from bags_d2.analysis.grouping import grouping_faults, propose_thresholds, summarize_groups
 from bags_d2.analysis.plots import plot_class_counts
+from bags_d2.config import long_tail
 from bags_d2.data.class_counts import (
     count_annotation_file,
     read_class_counts,
@@ -43,7 +44,7 @@ def load(args) -> tuple[list[int], list[str], tuple[int, ...], str]:
     by, thresholds, names = args.by or "instances", DEFAULT_THRESHOLDS, None
     if args.config_file:
         cfg = setup_cfg(args)
-        by, thresholds = args.by or cfg.MODEL.BAGS.COUNT_BY, cfg.MODEL.BAGS.GROUP_THRESHOLDS
+        by, thresholds = args.by or long_tail(cfg).COUNT_BY, cfg.MODEL.BAGS.GROUP_THRESHOLDS
         counts, names = training_class_counts(cfg, by=args.by), training_class_names(cfg)
     elif args.json:
         counts, names = count_annotation_file(args.json, by)

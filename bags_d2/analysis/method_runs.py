@@ -23,7 +23,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import list_methods, run_name
+from ..config import current_name, former_names, list_methods, run_name
 from ..data.datasets import missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
@@ -51,6 +51,7 @@ TRANSFORMS = {
 _INDIFFERENT = (
     *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
     "STAGE2.*",  # in effect elsewhere, if at all
+    *former_names(),
 )
 
 # What makes two configs comparable: the detector, the data, and how it is evaluated.
@@ -127,6 +128,9 @@ class Run:
         path = self.folder / "settings.json"
         if path.is_file():
             found, wanted = _load(path, dict), self.record()
+            found = {current_name(key): value for key, value in found.items()} | {
+                key: value for key, value in found.items() if current_name(key) == key
+            }
             # Keys that came with a later version had their defaults in effect; of data that were
             # not recorded nothing is known.
             common = found.keys() & wanted.keys()

@@ -15,6 +15,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..config import rename_keys
 from ..data.datasets import dataset_annotations, register_from_config
 from ..engine.setup import setup_cfg
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
@@ -77,7 +78,9 @@ class EvaluatedRun:
     def config(self) -> dict[str, Any]:
         """Its ``config.yaml``, nested keys joined by dots; {} if there is none that can be read."""
         try:
-            return dict(flat_items(load_yaml(self.folder / "config.yaml")))
+            content = load_yaml(self.folder / "config.yaml")
+            rename_keys(content)
+            return dict(flat_items(content))
         except (BagsError, OSError):
             return {}
 

@@ -9,13 +9,19 @@ from .files import (
     run_name,
     scale_schedule,
 )
+from .renamed import current_name, former_names, long_tail, rename_keys, rename_options
 
 __all__ = [
     "add_bags_config",
+    "current_name",
     "find_config",
+    "former_names",
     "list_methods",
+    "long_tail",
     "merge_config_file",
     "read_config_file",
+    "rename_keys",
+    "rename_options",
     "run_name",
     "scale_schedule",
 ]

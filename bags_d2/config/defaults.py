@@ -24,22 +24,28 @@ def add_bags_config(cfg: CfgNode) -> None:
     # Start stage 2 with a new classifier where MODEL.WEIGHTS has one that would fit (cRT).
     cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE = False
 
+    cfg.MODEL.LONG_TAIL = CfgNode()
+    # What is counted for a class: its "instances" (annotations; the paper) or its "images".
+    cfg.MODEL.LONG_TAIL.COUNT_BY = "instances"
+    # JSON with the training count of each class: a list in contiguous class order, or an object
+    # {class name: count}. "" counts the data sets of DATASETS.TRAIN.
+    cfg.MODEL.LONG_TAIL.CLASS_COUNTS_FILE = ""
+    # What a cascade averages over its stages: raw "logits" (the authors) or "probs" (Detectron2).
+    cfg.MODEL.LONG_TAIL.CASCADE_AVERAGE = "logits"
+
     cfg.MODEL.BAGS = CfgNode()
     # Edges of the half-open bins of training count that make the foreground groups: (10, 100,
     # 1000) is [0, 10) [10, 100) [100, 1000) [1000, inf). Strictly increasing; () is one group.
     cfg.MODEL.BAGS.GROUP_THRESHOLDS = (10, 100, 1000)
     # beta: "others" RoIs drawn for each foreground RoI of a group. .inf uses all, 0.0 none.
     cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO = 8.0
-    # What is counted for a class: its "instances" (annotations; the paper) or its "images".
-    cfg.MODEL.BAGS.COUNT_BY = "instances"
-    # JSON with the training count of each class: a list in contiguous class order, or an object
-    # {class name: count}. "" counts the data sets of DATASETS.TRAIN.
-    cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
     # How the groups' softmaxes become class scores: by the "paper", each group for itself, or
     # "joint", all classes in one softmax relative to their groups' "others". Both need no training.
     cfg.MODEL.BAGS.MERGE = "paper"
-    # What a cascade averages over its stages: raw "logits" (the authors) or "probs" (Detectron2).
-    cfg.MODEL.BAGS.CASCADE_AVERAGE = "logits"
+    # What these three of MODEL.LONG_TAIL were called before, still read; "" is not set.
+    cfg.MODEL.BAGS.COUNT_BY = ""
+    cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
+    cfg.MODEL.BAGS.CASCADE_AVERAGE = ""
 
     # ReweightedOutputLayers: class weights "inverse" to the training counts, or of the
     # "effective_number" of samples (1 - BETA^n) / (1 - BETA); mean 1, then clipped to CLIP.

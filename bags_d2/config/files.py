@@ -13,6 +13,7 @@ from detectron2.config.compat import guess_version
 
 from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
+from .renamed import rename_keys
 
 __all__ = [
     "find_config",
@@ -100,7 +101,7 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
     path = os.fspath(path)
     file, methods = find_config(path)
     content = _read_with_bases(file, ())
-    baseline_dir = content.setdefault("OUTPUT_DIR", _output_dir(content, file))
+    content["OUTPUT_DIR"] = baseline_dir = _output_dir(content, file)
     parent, run = os.path.split(baseline_dir.rstrip("/"))
     if methods and os.path.basename(os.path.dirname(path)) == _ABLATIONS:
         parent = os.path.join(parent, _ABLATIONS)
@@ -170,6 +171,7 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' is no config: it must hold 'KEY: value' lines.")
+    rename_keys(content)
     bases = content.pop(_BASE, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -180,9 +182,10 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
         if "://" not in base:
             base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         file, methods = find_config(base)
-        update = _read_with_bases(file, (*above, os.path.realpath(path)))
+        within = (*above, os.path.realpath(path))
+        update = _read_with_bases(file, within)
         for method in methods:
-            _lay_method(method, update, _output_dir(update, file))
+            _lay_method(method, update, _output_dir(update, file), within)
         _lay(update, merged, path, baseline_dir)
         if os.path.basename(os.path.dirname(file)) not in (_METHODS, _ABLATIONS):
             baseline_dir = _output_dir(merged, file)
@@ -190,7 +193,7 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     return merged
 
 
-def _lay_method(name: str, content: dict, baseline_dir: str) -> None:
+def _lay_method(name: str, content: dict, baseline_dir: str, above: tuple[str, ...] = ()) -> None:
     files = _files_of_method(name)
     if not files:
         known = ", ".join([*list_methods(), *list_methods(ablations=True)])
@@ -198,7 +201,7 @@ def _lay_method(name: str, content: dict, baseline_dir: str) -> None:
             f"There is no method '{name}'; name the path of a YAML, or one of {known}."
         )
     for file in files:
-        _lay(_read_with_bases(file, ()), content, file, baseline_dir)
+        _lay(_read_with_bases(file, above), content, file, baseline_dir)
 
 
 def _lay(update: dict, into: dict, path: str, baseline_dir: str | None) -> None:

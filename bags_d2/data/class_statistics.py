@@ -15,6 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import long_tail
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..utils.files import load_json
 from .annotations import AnnotationSet, read_annotations
@@ -131,28 +132,28 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
 
     Args:
         cfg: config with the keys of ``add_bags_config``.
-        by: "instances" or "images"; None takes ``MODEL.BAGS.COUNT_BY``.
+        by: "instances" or "images"; None takes ``MODEL.LONG_TAIL.COUNT_BY``.
 
     Raises:
         MissingFileError: if the counts file or the annotations do not exist.
         ConfigError, DataError: if classes disagree between training sets or with
             ``MODEL.ROI_HEADS.NUM_CLASSES``, or a file is faulty.
     """
-    by = by or cfg.MODEL.BAGS.COUNT_BY
+    by = by or long_tail(cfg).COUNT_BY
     if by not in COUNTABLE:
-        raise ConfigError(f"MODEL.BAGS.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
-    names, path = cfg.DATASETS.TRAIN, cfg.MODEL.BAGS.CLASS_COUNTS_FILE
+        raise ConfigError(f"MODEL.LONG_TAIL.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
+    names, path = cfg.DATASETS.TRAIN, long_tail(cfg).CLASS_COUNTS_FILE
     if path:
         known = len(names) > 0 and names[0] in DatasetCatalog
         counts = _read_counts(path, functools.partial(class_names, names[0]) if known else None)
-        source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+        source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
     elif names:
         require_same_classes(names)
         counts = sum(count_classes(name, by) for name in names)
         source = f"DATASETS.TRAIN {tuple(names)}"
     else:
         raise MissingFileError(
-            "No class counts: DATASETS.TRAIN and MODEL.BAGS.CLASS_COUNTS_FILE are both empty."
+            "No class counts: DATASETS.TRAIN and MODEL.LONG_TAIL.CLASS_COUNTS_FILE are both empty."
         )
     if len(counts) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         raise ConfigError(
@@ -264,7 +265,7 @@ def _counts_of(annotations: AnnotationSet, by: str) -> np.ndarray:
 
 def _read_counts(path: str, names_of_set: Callable[[], Sequence[str]] | None) -> torch.Tensor:
     """A counts file; names, for which a data set may have to be loaded, only if it needs them."""
-    source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+    source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
     try:
         content = load_json(path)
     except MissingFileError:

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import LongTailCheckpointer
-from ..config import find_config, run_name
+from ..config import find_config, long_tail, run_name
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, DataError, MissingFileError
 from ..modeling.class_groups import ClassCounts, ClassGroups
@@ -171,7 +171,7 @@ def _training_counts(cfg: CfgNode, model, record: ClassRecord) -> torch.Tensor |
         counted = isinstance(module, ClassGroups | ClassCounts) and bool(
             (module.class_counts >= 0).all()
         )
-        if counted and cfg.MODEL.BAGS.COUNT_BY == "instances":
+        if counted and long_tail(cfg).COUNT_BY == "instances":
             return module.class_counts.cpu()
     counts = ClassRecord.of_training_set(cfg).training_instances
     return None if counts is None else torch.tensor(counts)

@@ -18,7 +18,14 @@ from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_bags_config, find_config, merge_config_file, scale_schedule
+from ..config import (
+    add_bags_config,
+    find_config,
+    merge_config_file,
+    rename_keys,
+    rename_options,
+    scale_schedule,
+)
 from ..data.build import check_datasets
 from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
@@ -91,7 +98,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     path = args.config_file
     if not path:
         raise ConfigError("No config was given: add --config-file configs/lvis_bags_R50.yaml.")
-    opts = args.opts or []
+    opts = rename_options(args.opts or [])
     if any(str(key).startswith("STAGE2.") for key in opts[::2]):
         raise ConfigError(
             "STAGE2.* has no effect on the command line; set MODEL.WEIGHTS, SOLVER.MAX_ITER and "
@@ -194,7 +201,9 @@ def log_changed_settings(cfg: CfgNode) -> None:
         return  # nothing is resumed
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     try:
-        before = flatten(load_yaml(path))
+        content = load_yaml(path)
+        rename_keys(content)
+        before = flatten(content)
     except BagsError as error:
         logger.warning("Whether settings have changed since the run began is unknown: %s", error)
         return

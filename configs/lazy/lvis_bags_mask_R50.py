@@ -6,7 +6,7 @@ The LazyConfig of ../lvis_bags_mask_R50.yaml.
 from detectron2.config import LazyCall as L
 
 from bags_d2 import BAGSOutputLayers
-from bags_d2.modeling.lazy import groups_of
+from bags_d2.config.lazy import groups_of
 
 from .lvis_baseline_mask_R50 import NUM_CLASSES, TRAIN, model, optimizer, train
 from .lvis_baseline_mask_R50 import dataloader as dataloader

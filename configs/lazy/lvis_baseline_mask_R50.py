@@ -10,10 +10,9 @@ from detectron2.model_zoo import get_config
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from bags_d2.engine.lazy import clipped_sgd, trainable_params
+from bags_d2.config.lazy import clipped_sgd, known_class_counts, trainable_params
 from bags_d2.evaluation import LongTailLVISEvaluator
 from bags_d2.modeling import FastRCNNOutputLayers, LongTailROIHeads
-from bags_d2.modeling.lazy import known_class_counts
 
 TRAIN, TEST, NUM_CLASSES = "lvis_v1_train", "lvis_v1_val", 1203
 MAX_ITER = 75_100  # 12 epochs of 100,170 images at batch 16

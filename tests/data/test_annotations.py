@@ -59,7 +59,7 @@ def cfg_of(tiny_cfg, tmp_path):
     def make(train=(), test=(), *opts):
         return tiny_cfg(
             *("DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.BAGS.CLASS_COUNTS_FILE", ""),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", ""),
             *("INPUT.MIN_SIZE_TRAIN", (SIDE,), "OUTPUT_DIR", str(tmp_path / "out")),
             *opts,
         )

@@ -2,14 +2,11 @@
 
 import argparse
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from bags_d2 import ConfigError, MissingFileError, add_bags_config
-from bags_d2.config import merge_config_file, read_config_file, scale_schedule
+from bags_d2 import ConfigError, MissingFileError
 from bags_d2.engine import check_files, process_count, setup_cfg
 
 
@@ -34,7 +31,7 @@ def test_a_config_is_merged_frozen_and_has_our_keys(setup):
     assert cfg.is_frozen()
     assert math.isinf(cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO)
     assert tuple(cfg.MODEL.BAGS.GROUP_THRESHOLDS) == (5, 50)
-    assert cfg.MODEL.BAGS.COUNT_BY == "instances"
+    assert cfg.MODEL.LONG_TAIL.COUNT_BY == "instances"
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 12
     assert cfg.MODEL.TRAINABLE_PARAMS == ("a.*", "b.*")
 
@@ -62,7 +59,7 @@ def test_no_config_is_an_error_that_shows_the_option():
         ("SEED: 1\n", ["MODEL.BAGS.BETA", "8.0"], "BETA"),
         ("MODEL:\n  BAGS:\n    OTHERS_SAMPLE_RATIO: 8\n", [], "OTHERS_SAMPLE_RATIO"),
         ("SEED: 1\n", ["MODEL.BAGS.OTHERS_SAMPLE_RATIO", "8"], "OTHERS_SAMPLE_RATIO"),
-        ("SEED: 1\n", ["MODEL.BAGS.COUNT_BY"], "COUNT_BY"),
+        ("SEED: 1\n", ["MODEL.LONG_TAIL.COUNT_BY"], "COUNT_BY"),
         ("MODEL: [1, 2\n", [], r"config\.yaml"),
         ("MODEL:\n\t- 1\n", [], r"config\.yaml"),
         ("- 1\n- 2\n", [], r"config\.yaml"),
@@ -89,68 +86,6 @@ def test_a_faulty_config_is_named(setup, text, opts, message):
 def test_a_missing_base_is_named(setup):
     with pytest.raises((ConfigError, MissingFileError), match=r"Base-gone\.yaml"):
         setup("_BASE_: Base-gone.yaml\n")
-
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml"))[::8], ids=lambda p: p.stem)
-def test_files_are_merged_as_detectron2_merges_them(path):
-    theirs = get_cfg()
-    add_bags_config(theirs)
-    theirs.merge_from_file(str(path))
-    scale_schedule(theirs)
-    ours = get_cfg()
-    add_bags_config(ours)
-    merge_config_file(ours, path)
-    if theirs.OUTPUT_DIR == get_cfg().OUTPUT_DIR:
-        theirs.OUTPUT_DIR = f"output/{path.stem}"
-    assert ours == theirs
-    assert "!!" not in ours.dump(), "what a run writes of its config is data"
-
-
-def test_files_of_detectron2s_first_version_are_upgraded(tmp_path):
-    (tmp_path / "old.yaml").write_text("VERSION: 1\nTEST:\n  DETECTIONS_PER_IMG: 77\n")
-    cfg = get_cfg()
-    add_bags_config(cfg)
-    merge_config_file(cfg, tmp_path / "old.yaml")
-    assert cfg.TEST.DETECTIONS_PER_IMAGE == 77
-    assert cfg.VERSION == 2
-
-
-def test_of_several_bases_later_ones_take_precedence_and_the_file_over_all(tmp_path):
-    (tmp_path / "a.yaml").write_text("SEED: 1\nMODEL: {DEVICE: a, MASK_ON: true, WEIGHTS: a}\n")
-    (tmp_path / "b.yaml").write_text("MODEL: {DEVICE: b, WEIGHTS: b}\n")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.yaml").write_text(
-        f"_BASE_: [../a.yaml, {tmp_path}/b.yaml]\nMODEL: {{WEIGHTS: c}}\n"
-    )
-    expected = {"SEED": 1, "MODEL": {"DEVICE": "b", "MASK_ON": True, "WEIGHTS": "c"}}
-    expected["OUTPUT_DIR"] = "output/c"
-    assert read_config_file(tmp_path / "sub" / "c.yaml") == expected
-
-
-def test_one_base_may_be_reached_in_two_ways(tmp_path):
-    (tmp_path / "a.yaml").write_text("SEED: 1\n")
-    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
-    (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\n")
-    assert read_config_file(tmp_path / "c.yaml") == {"SEED": 1, "OUTPUT_DIR": "output/c"}
-
-
-def test_bases_from_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.yaml").write_text("SEED: 1\n")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.yaml").write_text("_BASE_: ~/a.yaml\n")
-    content = read_config_file(tmp_path / "sub" / "b.yaml")
-    assert content == {"SEED": 1, "OUTPUT_DIR": "output/b"}
-
-
-def test_keys_below_a_value_of_the_base_are_an_error(tmp_path):
-    (tmp_path / "a.yaml").write_text("MODEL: 1\n")
-    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nMODEL: {DEVICE: cpu}\n")
-    with pytest.raises(ConfigError, match=r"b\.yaml' has keys below 'MODEL', which is a value"):
-        read_config_file(tmp_path / "b.yaml")
 
 
 # Data sets and checkpoints

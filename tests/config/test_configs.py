@@ -20,7 +20,7 @@ from bags_d2 import (
 from bags_d2.config import find_config, list_methods, merge_config_file, read_config_file
 from bags_d2.modeling import FastRCNNOutputLayers
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(p.relative_to(CONFIGS) for s in ("yaml", "py") for p in CONFIGS.rglob(f"*.{s}"))
 RUNNABLE = [
     str(p.with_suffix(""))
