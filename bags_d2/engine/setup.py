@@ -32,11 +32,14 @@ from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
 
-<<<<<<< HEAD
-__all__ = ["argument_parser", "check_device", "check_files", "log_changed_settings", "setup_cfg"]
-=======
-__all__ = ["check_device", "check_files", "check_settings", "log_changed_settings", "setup_cfg"]
->>>>>>> room-fit
+__all__ = [
+    "argument_parser",
+    "check_device",
+    "check_files",
+    "check_settings",
+    "log_changed_settings",
+    "setup_cfg",
+]
 
 logger = logging.getLogger(__name__)
 
