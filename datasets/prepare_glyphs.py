@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -476,16 +475,12 @@ def _mapper(num_workers: int) -> Iterator[_DrawAll]:
     if num_workers <= 1:
         yield functools.partial(map, draw)
         return
-    # Forked workers start at once and need no guarded main module. OpenCV's threads do not survive
-    # a fork, so they are stopped before it and put back afterwards.
-    method = "fork" if sys.platform.startswith("linux") else "spawn"
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
-    try:
-        with multiprocessing.get_context(method).Pool(num_workers) as pool:
-            yield functools.partial(pool.imap, draw, chunksize=8)
-    finally:
-        cv2.setNumThreads(threads)
+    # Not by forking this process: a fork of many threads, as OpenCV has them, may wait for ever.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["bags_d2", "cv2", "matplotlib.ft2font"])
+    with context.Pool(num_workers, cv2.setNumThreads, (1,)) as pool:
+        yield functools.partial(pool.imap, draw, chunksize=8)
 
 
 def _draw_split(

@@ -1,11 +1,13 @@
 """What a checkpoint's classifier looks like from outside."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import DataError
+from ..errors import BagsError, DataError
 from ..modeling.class_groups import ClassGroups
 
 __all__ = ["class_weight_norms", "rank_correlation", "remembered_counts"]
@@ -34,24 +36,23 @@ def class_weight_norms(
     Raises:
         DataError: if there is no box classifier in it, or it has another number of classes.
     """
-    names = [k for k in state_dict if k.startswith(_PREDICTOR) and k.endswith(_WEIGHT)]
-    if not names:
+    prefixes = [str(key).removesuffix(_WEIGHT) for key in state_dict if _is_of(key, _WEIGHT)]
+    if not prefixes:
         raise DataError(f"The checkpoint has no '{_PREDICTOR}*{_WEIGHT}': not a box classifier.")
-    return torch.stack(
-        [_stage_norms(state_dict, name.removesuffix(_WEIGHT), num_classes) for name in names]
-    ).mean(dim=0)
+    with _as_data_error():
+        stages = [_stage_norms(state_dict, prefix, num_classes) for prefix in prefixes]
+        return torch.stack(stages).mean(dim=0)
 
 
 def remembered_counts(checkpoint: Mapping) -> list[int] | None:
     """Training counts of the classes that a checkpoint (its whole content) carries, if any."""
-    of_classes = (checkpoint.get("classes") or {}).get("training_instances")
-    if of_classes is not None:
-        return list(of_classes)
-    for name, value in checkpoint["model"].items():
-        if name.startswith(_PREDICTOR) and name.endswith(".class_counts"):
-            counts = torch.as_tensor(value).tolist()
-            return counts if min(counts) >= 0 else None
-    return None
+    with _as_data_error():
+        counts = (checkpoint.get("classes") or {}).get("training_instances")
+        if counts is None:
+            buffers = (v for k, v in checkpoint["model"].items() if _is_of(k, ".class_counts"))
+            counts = next(buffers, ())
+        counts = torch.as_tensor(counts, dtype=torch.long).tolist()
+        return counts if counts and min(counts) >= 0 else None
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -63,6 +64,21 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     if (ranks.std(axis=1) == 0).any():
         return float("nan")
     return float(np.corrcoef(ranks)[0, 1])
+
+
+def _is_of(key: Any, suffix: str) -> bool:
+    return isinstance(key, str) and key.startswith(_PREDICTOR) and key.endswith(suffix)
+
+
+@contextlib.contextmanager
+def _as_data_error() -> Iterator[None]:
+    """Whatever reading tensors of unknown shapes and types raises is a faulty checkpoint."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, BagsError):
+            raise
+        raise DataError(f"The checkpoint's box classifier is damaged ({error!r:.200}).") from None
 
 
 def _stage_norms(

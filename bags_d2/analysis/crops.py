@@ -46,18 +46,15 @@ def choose_crops(
     """The best right and wrong detections of a class, and objects of it that were missed.
 
     Where a data set says for which images a class was annotated (LVIS), nothing is called wrong on
-    others, nor where not all of its instances are annotated.
+    others, nor where not all of its instances are annotated. An object is missed if no right
+    detection of it scores ``min_score``.
 
     Args:
         category_id: the class.
         truth: its annotations by image id.
         detections: its detections.
-        images: records of the images by id.
+        images: records of all images by id.
         per_kind: most crops of each kind.
-        min_score: an object counts as missed if no right detection of it scores so high.
-
-    Returns:
-        Right, wrong, then missed ones.
     """
     best = group_by(sorted(detections, key=lambda d: -d["score"])[:_CONSIDERED], "image_id")
     right, wrong = [], []

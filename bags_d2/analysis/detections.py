@@ -20,7 +20,7 @@ __all__ = ["draw_comparison", "group_by", "label_detections", "winning_groups"]
 
 
 def group_by(rows: Iterable[Mapping], key: str) -> dict[Hashable, list[Mapping]]:
-    """The rows of each value of a key, in their order; () for other values must be asked for."""
+    """The rows of each value of a key, in their order."""
     grouped = defaultdict(list)
     for row in rows:
         grouped[row[key]].append(row)
@@ -37,11 +37,8 @@ def label_detections(
     """Which detections are right: each takes the free ground truth of its class that fits best.
 
     Args:
-        boxes: (N, 4), in descending order of score.
-        classes: N classes.
-        gt_boxes: (M, 4).
-        gt_classes: M classes.
-        iou_threshold: least IoU of a match.
+        boxes: (N, 4), in descending order of score, with N classes.
+        gt_boxes: (M, 4), with M classes.
 
     Returns:
         Bool array (N,).
@@ -76,7 +73,6 @@ def winning_groups(
         detections: results with "image_id", "category_id", "bbox" and "score".
         training_instances: training count by category id.
         thresholds: edges of the groups.
-        iou_threshold: least overlap of boxes.
 
     Returns:
         Counts of objects (G, G + 2): rows are groups of the objects; columns the right class, a

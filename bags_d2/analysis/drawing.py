@@ -25,7 +25,7 @@ __all__ = ["best_instances", "draw_boxes", "draw_instances", "grid", "place_labe
 
 _MASK_OPACITY = 0.4
 _LONGEST_LABEL = 26  # characters
-_UNCOUNTED = bin_color(3)
+_UNCOUNTED = 3  # the colour of frequent classes
 
 
 def best_instances(instances: Instances, top: int, min_score: float = 0.0) -> Instances:
@@ -64,33 +64,23 @@ def draw_instances(
     """
     instances = instances.to("cpu")
     classes = instances.pred_classes.numpy()
-    colors, legend, is_rare = [_UNCOUNTED] * len(classes), (), np.zeros(len(classes), dtype=bool)
-    order = np.arange(len(classes))
+    legend, bins = (), np.full(len(classes), _UNCOUNTED)
     if class_counts is not None:
         bins = bin_index(class_counts, thresholds)[classes]
-        colors, is_rare = [bin_color(b) for b in bins], bins == 0
-        order = np.argsort(bins, kind="stable")
-        names = [*bin_names(thresholds)[:-1], f"{bin_names(thresholds)[-1]} training instances"]
+        names = bin_names(thresholds)
+        names[-1] += " training instances"
         legend = [(name, bin_color(i)) for i, name in enumerate(names)]
+    colors = [bin_color(b) for b in bins]
     if instances.has("pred_masks"):
         image = image.astype(np.float32)
         for mask, color in zip(instances.pred_masks.numpy(), colors, strict=True):
             image[mask] += _MASK_OPACITY * (255 * np.array(to_rgb(color)) - image[mask])
         image = image.round().astype(np.uint8)
-    labels = [
-        f"{_shortened(class_names[c])} {score:.0%}"
-        for c, score in zip(classes, instances.scores.tolist(), strict=True)
-    ]
-    return draw_boxes(
-        image,
-        instances.pred_boxes.tensor.numpy()[order],
-        [labels[i] for i in order],
-        [colors[i] for i in order],
-        is_rare[order],
-        title,
-        legend,
-        min_side,
-    )
+    order, scores = np.argsort(bins, kind="stable"), instances.scores.tolist()
+    labels = [f"{_shortened(class_names[classes[i]])} {scores[i]:.0%}" for i in order]
+    boxes = instances.pred_boxes.tensor.numpy()[order]
+    colors = [colors[i] for i in order]
+    return draw_boxes(image, boxes, labels, colors, bins[order] == 0, title, legend, min_side)
 
 
 def draw_boxes(

@@ -140,8 +140,7 @@ def plot_class_ap_change(
 
     Args:
         counts: K training instances.
-        before: K APs in percent, NaN where a class is not evaluated.
-        after: likewise, of the other run.
+        before, after: K APs in percent, NaN where a class is not evaluated.
         labels: names of the two runs.
         path: the picture to write.
         thresholds: edges of the bins whose mean change is drawn.

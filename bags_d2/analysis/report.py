@@ -5,6 +5,7 @@ import math
 import reprlib
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,11 @@ def write_html_report(
         **_measures(runs, bins),
         config=_config(runs),
         charts=_charts(runs, bins, thresholds),
-        class_columns=_class_columns(runs),
+        class_columns=[
+            *("class", "training instances", "validation instances"),
+            *(f"AP {run.label}" for run in runs),
+            *([f"{runs[-1].label} - {first.label}"] if len(runs) > 1 else []),
+        ],
         classes=_classes(runs, crops),
         crops_note=crops_note,
     )
@@ -144,31 +149,26 @@ def _config(runs: Sequence[EvaluatedRun]) -> dict:
 def _charts(
     runs: Sequence[EvaluatedRun], bins: dict[str, dict], thresholds: Sequence[int]
 ) -> list[dict]:
-    first, last, ends = runs[0], runs[-1], runs[:1] + runs[1:][-1:]
-    counts = first.training_instances
-    by_count = [
-        (
-            "AP by training instances",
-            lambda path: plot_ap_bins(bins, path, thresholds, task=first.task),
-        ),
-        ("Classifier weights", lambda path: _plot_norms(runs, thresholds, path)),
-        (
-            "What scores highest where an object is, by groups of training instances",
-            lambda path: _plot_winners(ends, thresholds, path),
-        ),
-    ]
-    if len(runs) > 1:
-        by_count.insert(
-            2,
-            (
-                f"AP of each class, {first.label} to {last.label}",
-                lambda path: plot_class_ap_change(
-                    counts, first.ap, last.ap, (first.label, last.label), path, thresholds
-                ),
-            ),
-        )
-    charts = [_chart(*chart, wide=i > 1) for i, chart in enumerate(by_count) if first.is_counted]
-    return [*charts, _chart("Losses in training", lambda path: _plot_losses(runs, path), wide=True)]
+    first, last = runs[0], runs[-1]
+    counts, ends = first.training_instances, [first] if first is last else [first, last]
+    charts = []
+
+    def add(caption: str, draw: Callable[..., None], *arguments, wide: bool = False) -> None:
+        charts.append(_chart(caption, lambda path: draw(*arguments, path=path), wide))
+
+    if first.is_counted:
+        by_bin = partial(plot_ap_bins, thresholds=thresholds, task=first.task)
+        add("AP by training instances", by_bin, bins)
+        add("Classifier weights", _plot_norms, runs, thresholds)
+        if len(runs) > 1:
+            change = partial(plot_class_ap_change, thresholds=thresholds)
+            labels = first.label, last.label
+            caption = f"AP of each class, {first.label} to {last.label}"
+            add(caption, change, counts, first.ap, last.ap, labels, wide=True)
+        caption = "What scores highest where an object is, by groups of training instances"
+        add(caption, _plot_winners, ends, thresholds, wide=True)
+    add("Losses in training", _plot_losses, runs, wide=True)
+    return charts
 
 
 def _chart(caption: str, draw: Callable[[Path], None], wide: bool) -> dict:
@@ -212,12 +212,6 @@ def _plot_losses(runs: Sequence[EvaluatedRun], path: Path) -> None:
 
 
 # --- classes -------------------------------------------------------------------------------------
-
-
-def _class_columns(runs: Sequence[EvaluatedRun]) -> list[str]:
-    change = [f"{runs[-1].label} - {runs[0].label}"] if len(runs) > 1 else []
-    aps = [f"AP {run.label}" for run in runs]
-    return ["class", "training instances", "validation instances", *aps, *change]
 
 
 def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list[dict]]) -> list[dict]:

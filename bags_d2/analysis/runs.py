@@ -93,16 +93,15 @@ class EvaluatedRun:
         if path is None:
             raise MissingFileError(f"'{folder}' has no detections ({' or '.join(RESULT_FILES)}).")
         known = set(self.category_ids)
+        rows = load_json(path)
         try:
-            rows = [
-                {
+            for i, row in enumerate(rows):  # in place: there may be millions
+                rows[i] = {
                     "image_id": _id(row["image_id"]),
                     "category_id": _id(row["category_id"]),
                     "bbox": _box(row["bbox"]),
                     "score": _number(row["score"]),
                 }
-                for row in load_json(path)
-            ]
         except _MALFORMED as error:
             raise DataError(
                 f"'{path}' does not hold detections ({error!r:.200}); evaluate again."

@@ -105,6 +105,37 @@ def test_weight_norms_follow_learned_scales():
     assert class_weight_norms(state).tolist() == [2.0, 4.0]
 
 
+_WEIGHT = "roi_heads.box_predictor.cls_score.weight"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {_WEIGHT: torch.ones(3)},
+        {_WEIGHT: "text"},
+        {_WEIGHT: None},
+        {_WEIGHT: torch.ones(3, 2), "roi_heads.box_predictor.scale": torch.ones(7, 9)},
+        {_WEIGHT: torch.ones(3, 2), "roi_heads.box_predictor.bbox_pred.weight": 5},
+        {_WEIGHT: torch.ones(3, 2), "roi_heads.box_predictor.groups.class_to_group": "x"},
+        {_WEIGHT: torch.ones(3, 2), "roi_heads.box_predictor.0.cls_score.weight": torch.ones(9, 2)},
+        {5: 6},
+        {},
+    ],
+)
+def test_damaged_classifiers_are_refused(state):
+    with pytest.raises(DataError, match="box classifier"):
+        class_weight_norms(state)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [{}, {"model": 5}, {"model": {}, "classes": [1]}, {"classes": {"training_instances": ["a"]}}],
+)
+def test_damaged_counts_are_refused(checkpoint):
+    with pytest.raises(DataError, match="damaged"):
+        remembered_counts(checkpoint)
+
+
 def test_groups_of_another_number_of_classes_are_refused():
     groups = ClassGroups.from_counts([2000, 5, 50, 7])
     state = {

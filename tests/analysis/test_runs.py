@@ -1,18 +1,21 @@
 """What runs left behind, and which group won where an object is."""
 
 import csv
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.analysis.detections import winning_groups
-from bags_d2.analysis.plots import plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import read_ground_truth, read_run
+from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
+from bags_d2.analysis.runs import configured_thresholds, loss_history, read_ground_truth, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
@@ -81,7 +84,7 @@ def test_crowds_are_no_objects_and_nothing_detected_is_missed():
 @pytest.fixture
 def make_run(tmp_path, write_lvis, register):
     """``make_run(name, aps)``: the folder of a run evaluated on a registered data set."""
-    names = {3: "ant", 8: "bee", 20: "cat", 21: "dog"}
+    names = {3: "ant", 8: "bee", 20: "çat", 21: "dog"}
     annotations = write_lvis(names, [(1, 3), (1, 8), (2, 20), (2, 21), (2, 21)])
     dataset = register("runs_val", annotations)
 
@@ -102,7 +105,7 @@ def test_a_run_is_read(make_run):
     run = read_run(make_run("one", [10.0, None, 30.0, 40.0]))
     assert (run.label, run.dataset, run.task) == ("one", "runs_val", "bbox")
     assert run.category_ids == [3, 8, 20, 21]
-    assert run.names == ["ant", "bee", "cat", "dog"]
+    assert run.names == ["ant", "bee", "çat", "dog"]
     assert run.training_instances.tolist() == [5, 50, 7, 5000]
     assert np.isnan(run.ap[1])
     assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
@@ -115,6 +118,41 @@ def test_a_run_is_read(make_run):
         [0, 0, 0, 0, 0, 0],
         [2, 0, 0, 0, 0, 0],
     ]
+
+
+def test_bins_follow_the_thresholds(make_run):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    run = read_run(folder)
+    # Counts 5, 50, 7, 5000; the class with 50 is not evaluated.
+    assert run.bin_measures((6, 60)) == {"AP1": 10.0, "AP2": 30.0, "AP3": 40.0, "bAP": 80 / 3}
+    expected = {"AP1": 20.0, "AP2": None, "AP3": None, "AP4": 40.0, "bAP": 30.0}
+    assert run.bin_measures(THRESHOLDS) == expected
+    assert configured_thresholds([run]) == THRESHOLDS
+    (folder / "config.yaml").write_text("MODEL: {BAGS: {GROUP_THRESHOLDS: [6, 60]}}\n")
+    assert configured_thresholds([run]) == (6, 60)
+
+
+def test_empty_bins_have_a_dash_and_no_zero(tmp_path):
+    path = tmp_path / "bins.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_ap_bins({"$a_{b$": {"AP1": 0.0, "AP2": None, "bAP": 0.0}}, path, (5,))
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+    assert texts.count("-") == 1
+    assert texts.count("0.0") == 2
+    assert {"0-4", "5+", "$a_{b$"} <= set(texts)
+
+
+def test_losses_are_the_last_logged_numbers(tmp_path):
+    lines = [
+        '{"iteration": 20, "total_loss": 1.0, "bags/loss_group0": 0.5, "lr": 0.1}',
+        '{"iteration": 40, "total_loss": NaN, "loss_cls": "x"}',
+        '{"iteration": 20, "total_loss": 2.0}',
+        '{"iteration": 60, "total_lo',
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    expected = {"total_loss": {20: 2.0}, "bags/loss_group0": {20: 0.5}}
+    assert loss_history(tmp_path) == expected
+    assert loss_history(tmp_path / "none") == {}
 
 
 def test_what_is_not_there_is_named(make_run, tmp_path):
@@ -152,7 +190,10 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path):
 
 def _tool(*arguments):
     command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    # In the C locale, whose encoding is ASCII.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **locale}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def test_the_tool_compares_two_runs(make_run, tmp_path):
@@ -174,6 +215,8 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
         "winning_groups.png",
         "winning_groups.csv",
     }
+    assert "\\xe7at" in done.stdout
+    assert "20,çat,7,30.0,25.0" in (out / "class_ap.csv").read_text("utf-8").splitlines()
     rows = list(csv.reader((out / "winning_groups.csv").read_text().splitlines()))
     assert rows[1] == ["one", "0-9", "0", "0", "1", "0", "1", "0"]
     without = _tool(first, second, "--output", out)

@@ -304,16 +304,14 @@ def test_second_call_returns_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_interrupted_build_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, num_workers):
-    write = cv2.imwrite
+    init = glyphs.Job.__init__
 
-    def fails_in_the_middle(path, *rest):
-        if path.endswith("21.jpg"):
-            raise RuntimeError("power cut")
-        return write(path, *rest)
+    def fails_in_the_middle(job, spec, stream, categories, path):
+        init(job, spec, stream, categories, path.replace("21.jpg", "absent/21.jpg"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cv2, "imwrite", fails_in_the_middle)
-        with pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(glyphs.Job, "__init__", fails_in_the_middle)
+        with pytest.raises(DataError, match=r"21\.jpg' could not be written"):
             _build(tmp_path, num_workers=num_workers)
     assert list(tmp_path.iterdir()) == []
     assert (_build(tmp_path, num_workers=num_workers) / "glyphs.json").is_file()

@@ -17,6 +17,7 @@ from bags_d2.utils.files import (
     load_yaml,
     lock_folder,
     write_atomically,
+    write_csv,
     write_json,
 )
 
@@ -129,3 +130,17 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_tables_are_utf8_and_whole(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    write_csv(path, ("id", "näme"), [(1, 'a "b", c'), (2, "")])
+    assert path.read_bytes() == 'id,näme\r\n1,"a ""b"", c"\r\n2,\r\n'.encode()
+
+    def rows():
+        yield (3, "x")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_csv(path, ("id",), rows())
+    assert path.read_bytes().startswith("id,nä".encode())
