@@ -79,7 +79,7 @@ def run_demo(args: argparse.Namespace) -> None:
         fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
         seconds[name] = run("tools/fit_classifier.py", config, folder, *cache, *seed, *detector)
         seconds[name] += run("train_net.py", config, folder, "--eval-only", *fitted)
-    print(f"\n{report_demo(args.output, weights, seconds)}")
+    print(f"\n{report_demo(args.output, seconds)}")
 
 
 if __name__ == "__main__":

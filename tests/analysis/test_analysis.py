@@ -11,7 +11,7 @@ from matplotlib import image as mpl_image
 
 from bags_d2 import ClassGroups, DataError
 from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, remembered_counts
-from bags_d2.analysis.detections import draw_comparison, label_detections
+from bags_d2.analysis.detections import label_detections
 from bags_d2.analysis.plots import plot_ap_bins, plot_weight_norms
 
 
@@ -44,18 +44,22 @@ def test_a_checkpoint_without_a_classifier_is_refused():
         class_weight_norms({"backbone.weight": torch.zeros(1)})
 
 
+def _rows(classes, boxes):
+    return [{"category_id": c, "bbox": box} for c, box in zip(classes, boxes, strict=True)]
+
+
 def test_each_object_makes_one_detection_right():
-    truth = np.array([[0, 0, 10, 10], [20, 20, 10, 10]])
-    boxes = np.array([[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 10, 10], [21, 20, 10, 10]])
-    right = label_detections(boxes, [1, 1, 2, 1], truth, [1, 1])
+    objects = _rows([1, 1], [[0, 0, 10, 10], [20, 20, 10, 10]])
+    boxes = [[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 10, 10], [21, 20, 10, 10]]
+    right = label_detections(_rows([1, 1, 2, 1], boxes), objects)
     # A second box on the same object and another class on the other object are wrong.
     assert right.tolist() == [True, False, False, True]
 
 
 def test_detections_without_objects_are_wrong():
-    boxes = np.array([[0, 0, 10, 10]])
-    assert label_detections(boxes, [1], np.zeros((0, 4)), []).tolist() == [False]
-    assert label_detections(np.zeros((0, 4)), [], boxes, [1]).tolist() == []
+    rows = _rows([1], [[0, 0, 10, 10]])
+    assert label_detections(rows, []).tolist() == [False]
+    assert label_detections([], rows).tolist() == []
 
 
 def test_charts_are_written(tmp_path):
@@ -67,21 +71,6 @@ def test_charts_are_written(tmp_path):
     assert pixels[..., :3].std() > 0.05
     svg = (tmp_path / "norms.svg").read_text()
     assert "<svg" in svg
-
-
-def test_comparison_has_a_column_for_each_model(tmp_path):
-    mpl_image.imsave(tmp_path / "0.png", np.full((32, 32, 3), 200, dtype=np.uint8))
-    box = {"bbox": [4, 4, 10, 10], "category_id": 1, "score": 0.9}
-    draw_comparison(
-        [{"id": 0, "file_name": str(tmp_path / "0.png")}],
-        {0: [box]},
-        {"one": {0: [box]}, "two": {}},
-        {1: "Я"},
-        frozenset({1}),
-        tmp_path / "out.png",
-    )
-    height, width = mpl_image.imread(tmp_path / "out.png").shape[:2]
-    assert width / height > 2
 
 
 @pytest.mark.parametrize("extra_rows", [0, 1, 2])
