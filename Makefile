@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-from-scratch test lint clean
+.PHONY: setup demo demo-from-scratch test test-all lint clean
 
 setup: .venv/.installed
 
@@ -18,6 +18,9 @@ demo-from-scratch: setup
 	$(BIN)/python tools/run_demo.py --from-scratch
 
 test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: setup
 	$(BIN)/python -m pytest -n 2
 
 lint: setup

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector of bags_d2; flags are those of Detectron2's own train_net.py."""
+"""Train or evaluate a detector of bags_d2; flags are Detectron2's, and --method."""
 
 import contextlib
 import functools
 
-from detectron2.engine import default_argument_parser, default_setup, hooks
+from detectron2.engine import default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 from bags_d2 import BAGSTrainer
 from bags_d2.engine import (
     LongTailCheckpointer,
+    argument_parser,
     check_files,
     launch,
     log_changed_settings,
@@ -68,7 +69,7 @@ def load_for_evaluation(cfg, resume):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    args = argument_parser().parse_args()
     with exit_with_one_sentence():
         # Once before processes are launched: one sentence instead of one traceback for each.
         check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))

@@ -29,6 +29,7 @@ from memory import added_memory
 from tabulate import tabulate
 
 from bags_d2 import BAGSTrainer, add_bags_config
+from bags_d2.config import merge_config_file
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 from bags_d2.fitting.extract import roi_features
 
@@ -37,22 +38,22 @@ SIZE = (480, 640)
 OBJECTS = 12
 SIDES = ("stock", "skipping", "forward")
 CONFIGS = {
-    "Faster R-CNN": "lvis_bags_R50",
-    "Mask R-CNN": "lvis_bags_mask_R50",
-    "Cascade Mask R-CNN": "lvis_bags_cascade_mask_X101_32x8d",
+    "Faster R-CNN": "lvis_baseline_R50",
+    "Mask R-CNN": "lvis_baseline_mask_R50",
+    "Cascade Mask R-CNN": "lvis_baseline_cascade_mask_X101_32x8d",
 }
 
 
 def build(name, skip, counts_file):
     cfg = get_cfg()
     add_bags_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / f"{CONFIGS[name]}.yaml"))
+    merge_config_file(cfg, ROOT / "configs" / f"{CONFIGS[name]}.yaml", "bags")
     cfg.merge_from_list(
         [
             *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.SKIP_FROZEN", skip),
             *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NUM_GROUPS", 1),
             *("MODEL.RESNETS.WIDTH_PER_GROUP", 64),
-            *("MODEL.BAGS.CLASS_COUNTS_FILE", counts_file),
+            *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", counts_file),
         ]
     )
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
 from bags_d2.analysis.drawing import best_instances, draw_instances, grid
+from bags_d2.config import run_name
 from bags_d2.data.images import read_image
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import require_file, write_atomically
@@ -34,6 +35,7 @@ WINDOW = "bags_d2"
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="a path or a name of the model zoo")
+    parser.add_argument("--method", help="what to lay over the config, as for train_net.py")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--webcam", action="store_true", help="take input from the webcam")
     source.add_argument("--video-input", type=Path, help="a video file")
@@ -68,8 +70,8 @@ class Artist:
         self.min_score = args.confidence_threshold
         threshold = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", self.min_score)
         self.predictors = {
-            Path(args.config_file).stem: LongTailPredictor.from_config_file(
-                args.config_file, opts=(*threshold, *args.opts)
+            run_name(Path(args.config_file).stem, args.method): LongTailPredictor.from_config_file(
+                args.config_file, opts=(*threshold, *args.opts), method=args.method
             )
         }
         if args.compare:

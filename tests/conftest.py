@@ -59,7 +59,7 @@ def tiny_cfg(tmp_path):
         add_bags_config(cfg)
         cfg.merge_from_file(str(CONFIGS / "Base-Glyphs.yaml"))
         cfg.merge_from_list(TINY_MODEL)
-        cfg.merge_from_list(["MODEL.BAGS.CLASS_COUNTS_FILE", str(counts)])
+        cfg.merge_from_list(["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(counts)])
         cfg.merge_from_list(list(opts))
         return cfg
 

@@ -99,15 +99,15 @@ OPTIONS = {
     ),
     "beta negative": (["MODEL.BAGS.OTHERS_SAMPLE_RATIO", "-1.0"], r"OTHERS_SAMPLE_RATIO must be"),
     "counts file of wrong length": (
-        ["MODEL.BAGS.CLASS_COUNTS_FILE", "{tmp}/short.json"],
+        ["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "{tmp}/short.json"],
         r"short\.json' has 2 classes but",
     ),
     "counts file with negatives": (
-        ["MODEL.BAGS.CLASS_COUNTS_FILE", "{tmp}/negative.json"],
+        ["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "{tmp}/negative.json"],
         r"negative\.json' must hold a JSON list of whole numbers of 0 or more",
     ),
     "counts file missing": (
-        ["MODEL.BAGS.CLASS_COUNTS_FILE", "{tmp}/none.json"],
+        ["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "{tmp}/none.json"],
         r"none\.json' does not exist",
     ),
     "unknown predictor": (["MODEL.ROI_BOX_PREDICTOR.NAME", "NoSuchLayers"], r"NoSuchLayers"),
@@ -270,8 +270,8 @@ def test_checks_can_be_switched_off(tiny_cfg, tmp_path, register):
 KEYS = [
     "MODEL.BAGS.GROUP_THRESHOLDS",
     "MODEL.BAGS.OTHERS_SAMPLE_RATIO",
-    "MODEL.BAGS.COUNT_BY",
-    "MODEL.BAGS.CLASS_COUNTS_FILE",
+    "MODEL.LONG_TAIL.COUNT_BY",
+    "MODEL.LONG_TAIL.CLASS_COUNTS_FILE",
     "MODEL.ROI_BOX_PREDICTOR.NAME",
     "MODEL.TRAINABLE_PARAMS",
     "DATASETS.REGISTER",
@@ -295,7 +295,7 @@ VALUES = st.one_of(
 def test_fuzzed_configs_raise_our_errors_or_none(tmp_path, key, value):
     counts = tmp_path / "counts.json"
     counts.write_text("[3, 12, 150, 2000, 7, 40]")
-    options = ["MODEL.BAGS.CLASS_COUNTS_FILE", str(counts), "DATASETS.TRAIN", "()", key, value]
+    options = ["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(counts), "DATASETS.TRAIN", "()", key, value]
     args = default_argument_parser().parse_args(["--config-file", TINY])
     args.opts = options
     with contextlib.suppress(BagsError):

@@ -51,14 +51,12 @@ def test_files_that_are_named_exist(page):
 
 def test_configs_named_in_the_table_exist():
     names = re.findall(r"`((?:lvis|coco)_[\w.]+)`", (ROOT / "README.md").read_text())
-    names = [name for name in names if not name.endswith("...")]
-    assert len(names) > 8
-    complete = [name for name in names if not name.endswith("_")]
-    assert not [n for n in complete if not (ROOT / "configs" / f"{n}.yaml").exists()]
+    assert len(names) >= 5
+    assert not [n for n in names if not (ROOT / "configs" / f"{n}.yaml").exists()]
 
 
 def test_the_config_reference_is_that_of_the_code():
-    source = (ROOT / "bags_d2" / "config.py").read_text()
+    source = (ROOT / "bags_d2" / "config" / "defaults.py").read_text()
     expected = write_config_reference.render(source)
     assert (ROOT / "docs" / "config.md").read_text() == expected, (
         "run tools/write_config_reference.py"
@@ -87,10 +85,10 @@ def test_flags_in_commands_are_those_of_the_tools(page):
             flags = set(re.findall(r"(?<= )--[a-z][a-z0-9-]+", line.split(script)[1]))
             of_detectron2 = {
                 *("--config-file", "--num-gpus", "--num-machines", "--machine-rank"),
-                *("--dist-url", "--resume", "--eval-only"),
+                *("--dist-url", "--resume", "--eval-only", "--method"),
             }
             own = set(re.findall(r'"(--[a-z0-9-]+)"', text))
-            uses_detectron2s = "default_argument_parser" in text
+            uses_detectron2s = "argument_parser(" in text
             unknown = flags - own - (of_detectron2 if uses_detectron2s else set())
             assert not unknown, f"{page.name}: {script} has no {unknown}"
 
@@ -144,7 +142,7 @@ def own_project(project):
     page = (ROOT / "docs" / "own_data.md").read_text()
     for name, text in re.findall(r"```yaml\n# (configs/\S+)\n(.*?)```", page, re.DOTALL):
         # The detector of the tests in place of a ResNet-50 with weights from the network.
-        text = re.sub(r'"coco_baseline_R50.yaml"', f'"{ROOT}/tests/tiny.yaml"', text)
+        text = re.sub(r'"coco/coco_baseline_R50.yaml"', f'"{ROOT}/tests/tiny.yaml"', text)
         text = re.sub(r'WEIGHTS: "detectron2://.*"', 'WEIGHTS: ""', text)
         text = re.sub(r"MAX_ITER: \d+", "MAX_ITER: 8", text)
         text = re.sub(r"STEPS: \(.*\)", "STEPS: (6,)", text)

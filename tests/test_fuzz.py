@@ -343,7 +343,9 @@ def configs(folder, count):
         "value_for_node.yaml": b"MODEL: 1\n",
         "numbers_as_keys.yaml": b"1: 2\n",
     }.items()
-    good = [(ROOT / "configs" / f"{x}.yaml").read_bytes() for x in ("Base-BAGS", "Base-LVIS-v1")]
+    good = [
+        (ROOT / "configs" / f"{x}.yaml").read_bytes() for x in ("methods/bags", "lvis_baseline_R50")
+    ]
     for i in range(count):
         yield f"mutated_{i}.yaml", mutated(rng, rng.choice(good))
 

@@ -141,7 +141,7 @@ def test_evaluation_uses_the_groups_of_the_checkpoint(trained_bags, tiny, tmp_pa
     counts = tmp_path / "counts.json"
     counts.write_text("[2000, 2000, 2000, 1, 1, 1]")
     options = (*tiny, *BAGS, "MODEL.WEIGHTS", f"{trained_bags}/model_final.pth")
-    options += ("MODEL.BAGS.CLASS_COUNTS_FILE", str(counts), "OUTPUT_DIR", str(tmp_path / "e"))
+    options += ("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(counts), "OUTPUT_DIR", str(tmp_path / "e"))
     results = run(*options, flags=["--eval-only"])
     assert any("its own groups" in m and "are used" in m for m in messages())
     assert results["bbox"]["AP"] == pytest.approx(results_of(trained_bags)["bbox"]["AP"])

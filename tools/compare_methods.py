@@ -12,6 +12,7 @@ from pathlib import Path
 from bags_d2 import ConfigError
 from bags_d2.analysis.comparison import write_report
 from bags_d2.analysis.method_runs import BASELINE, Comparison
+from bags_d2.config import list_methods
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import lock_folder
 from bags_d2.utils.processes import run_logged
@@ -20,7 +21,11 @@ from bags_d2.utils.processes import run_logged
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", type=Path, required=True, help="config of the baseline")
-    parser.add_argument("--methods", help="comma-separated; default: all with a config beside it")
+    parser.add_argument(
+        "--methods",
+        help='comma-separated names or paths, as --method of train_net.py takes them; "ablations" '
+        "stands for all of these; default: all of configs/methods",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... of each method")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     parser.add_argument("--num-gpus", type=int, default=0)
@@ -56,14 +61,13 @@ def main() -> None:
 
 def chosen_methods(comparison: Comparison, names: str | None) -> list[str]:
     """The baseline, which goes first as others start from it, and the methods that were named."""
-    known = comparison.methods()
-    chosen = known if names is None else [n.strip() for n in names.split(",") if n.strip()]
-    unknown = sorted(set(chosen) - set(known))
-    if unknown or not chosen:
-        raise ConfigError(
-            f"--methods: {f'no config for {unknown}' if unknown else 'none named'}; there are "
-            f"{', '.join(known)}."
-        )
+    if names is None:
+        return comparison.methods()
+    chosen = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        chosen += list_methods(ablations=True) if name == "ablations" else [name]
+    if not chosen:
+        raise ConfigError(f"--methods names none; there are {', '.join(comparison.methods())}.")
     return list(dict.fromkeys([BASELINE, *chosen]))
 
 

@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("input", type=Path, help="the authors' .pth")
     parser.add_argument("output", type=Path, help="the file to write")
     parser.add_argument("--config-file", required=True, help="its config in configs/mmdet/")
+    parser.add_argument("--method", help="bags for checkpoints of BAGS")
     parser.add_argument("--label2binlabel", type=Path, help="the authors' file of class groups")
     parser.add_argument("--pred-slice", type=Path, help="the authors' pred_slice_with0.pt")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE")

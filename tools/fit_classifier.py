@@ -6,18 +6,18 @@ Both passes go on where they stopped if the same command is run again.
 
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bags_d2.engine import check_files, launch, setup_cfg
+from bags_d2.engine import argument_parser, check_files, launch, setup_cfg
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.fitting.extract import extract_features
 from bags_d2.fitting.train import fit_classifier
 
 
-def argument_parser():
-    parser = default_argument_parser(__doc__)
+def parse_args():
+    parser = argument_parser(__doc__)
     parser.add_argument("--views", type=int, default=1, help="augmented views of every image")
     parser.add_argument(
         "--rois-per-image", type=int, help="RoIs to keep of an image; default: all proposals"
@@ -26,7 +26,7 @@ def argument_parser():
         "--cache",
         help="folder of the features; default: OUTPUT_DIR/../<folder of WEIGHTS>_features",
     )
-    return parser
+    return parser.parse_args()
 
 
 def default_cache(cfg) -> Path:
@@ -53,4 +53,4 @@ def main(args):
 
 if __name__ == "__main__":
     with exit_with_one_sentence():
-        main(argument_parser().parse_args())
+        main(parse_args())

@@ -18,13 +18,13 @@ from bags_d2.utils.files import lock_folder
 from bags_d2.utils.processes import run_logged
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE_2 = {"softmax_retrained": "glyphs_softmax_retrained", "bags": "glyphs_bags"}
+CONFIG = str(ROOT / "configs" / "glyphs_baseline.yaml")
+STAGE_2 = ("softmax_retrained", "bags")
 
 
-def run(script: str, config: str, output_dir: Path, *options: str) -> float:
-    """Run a script with a config, show its progress, and return the seconds that it took."""
-    config_file = str(ROOT / "configs" / f"{config}.yaml")
-    command = [sys.executable, str(ROOT / script), "--config-file", config_file, *options]
+def run(script: str, output_dir: Path, *options: str) -> float:
+    """Run a script, show its progress, and return the seconds that it took."""
+    command = [sys.executable, str(ROOT / script), "--config-file", CONFIG, *options]
     command += ["OUTPUT_DIR", str(output_dir)]
     print(f"\n$ {' '.join(command[1:])}", flush=True)
     return run_logged(command, output_dir / "console.txt")
@@ -62,23 +62,19 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.from_scratch:
         # --resume: an interrupted training goes on where it stopped.
         folder = args.output / "glyphs_baseline"
-        seconds["softmax_training"] = run(
-            "train_net.py", "glyphs_baseline", folder, "--resume", *seed
-        )
+        seconds["softmax_training"] = run("train_net.py", folder, "--resume", *seed)
         weights = folder / "model_final.pth"
     detector = ("MODEL.WEIGHTS", str(weights))
-    seconds["softmax"] = run(
-        "train_net.py", "glyphs_baseline", args.output / "softmax", "--eval-only", *detector
-    )
-    for name, config in STAGE_2.items():
-        folder = args.output / name
+    seconds["softmax"] = run("train_net.py", args.output / "softmax", "--eval-only", *detector)
+    for name in STAGE_2:
+        folder, method = args.output / name, ("--method", name)
         if args.online:
-            seconds[name] = run("train_net.py", config, folder, *seed, *detector)
+            seconds[name] = run("train_net.py", folder, *method, *seed, *detector)
             continue
         cache = ("--cache", str(args.output / "features"))
         fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
-        seconds[name] = run("tools/fit_classifier.py", config, folder, *cache, *seed, *detector)
-        seconds[name] += run("train_net.py", config, folder, "--eval-only", *fitted)
+        seconds[name] = run("tools/fit_classifier.py", folder, *method, *cache, *seed, *detector)
+        seconds[name] += run("train_net.py", folder, *method, "--eval-only", *fitted)
     print(f"\n{report_demo(args.output, seconds)}")
 
 

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from bags_d2 import ConfigError
 from bags_d2.analysis.grouping import grouping_faults, propose_thresholds, summarize_groups
 from bags_d2.analysis.plots import plot_class_counts
+from bags_d2.config import long_tail
 from bags_d2.data.class_counts import (
     count_annotation_file,
     read_class_counts,
@@ -30,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--config-file", help="groups of its training set and thresholds")
     source.add_argument("--json", help="an annotation file in COCO or LVIS format")
     source.add_argument("--counts", help="a JSON list of counts, or {class name: count}")
+    parser.add_argument("--method", help="what to lay over the config, as for train_net.py")
     parser.add_argument("--thresholds", type=int, nargs="*", help="edges; default: the config's")
     parser.add_argument("--by", choices=("instances", "images"), help="default: the config's")
     parser.add_argument("--output", type=Path, help="draw the curve of counts to this .png or .svg")
@@ -42,7 +44,7 @@ def load(args) -> tuple[list[int], list[str], tuple[int, ...], str]:
     by, thresholds, names = args.by or "instances", DEFAULT_THRESHOLDS, None
     if args.config_file:
         cfg = setup_cfg(args)
-        by, thresholds = args.by or cfg.MODEL.BAGS.COUNT_BY, cfg.MODEL.BAGS.GROUP_THRESHOLDS
+        by, thresholds = args.by or long_tail(cfg).COUNT_BY, cfg.MODEL.BAGS.GROUP_THRESHOLDS
         counts, names = training_class_counts(cfg, by=args.by), training_class_names(cfg)
     elif args.json:
         counts, names = count_annotation_file(args.json, by)

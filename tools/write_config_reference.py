@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/config.md from the comments of bags_d2/config.py."""
+"""Write docs/config.md from the comments of bags_d2/config/defaults.py."""
 
 import argparse
 import ast
@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-import bags_d2.config
+import bags_d2.config.defaults
 from bags_d2.utils.files import write_atomically
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -17,10 +17,22 @@ HEADER = """\
 
 What `bags_d2.add_bags_config` adds to Detectron2's keys
 ([Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references)).
-Written by `python tools/write_config_reference.py` from `bags_d2/config.py`; edit that instead.
+Written by `python tools/write_config_reference.py` from `bags_d2/config/defaults.py`; edit that.
 
-A YAML holds what differs from its `_BASE_`; `KEY VALUE` at the end of a command goes before it. An
-integer is refused where the default is a float: write `8.0`. Infinity is `.inf`.
+A YAML holds what differs from its `_BASE_`, which is a path or a list of paths. `--method NAME`
+lays a file of `configs/methods/` or `configs/ablations/` over a config, as a file with both as its
+`_BASE_` would; `KEY VALUE` at the end of a command takes precedence over all files. An integer is
+refused where the default is a float: write `8.0`. Infinity is `.inf`.
+
+`OUTPUT_DIR` follows from the file's name where no file sets it, instead of Detectron2's `./output`:
+`lvis_baseline_R50.yaml` writes to `output/lvis_baseline_R50`, with `--method seesaw` to
+`output/lvis_seesaw_R50`, and `detector.yaml` with it to `output/detector_seesaw`.
+
+A config that has no file of its own is found by its name: `lvis_seesaw_R50.yaml` is
+`lvis_baseline_R50.yaml` with `--method seesaw`. All of this is done by `bags_d2.config`
+(`merge_config_file(cfg, path, method)`). Detectron2's own `cfg.merge_from_file` knows nothing of
+it: use it for `lvis_bags_R50.yaml`, `lvis_bags_mask_R50.yaml` and `glyphs_bags.yaml`, which spell
+out what it would miss.
 
 """
 
@@ -60,7 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DEFAULT)
     args = parser.parse_args()
     with write_atomically(args.output) as file:
-        file.write(render(inspect.getsource(bags_d2.config)))
+        file.write(render(inspect.getsource(bags_d2.config.defaults)))
     print(args.output)
 
 

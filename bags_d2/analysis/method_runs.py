@@ -1,9 +1,8 @@
 """Many methods with several seeds: what each run is, the commands that make it, and its files.
 
-A method is a config that lies beside the softmax baseline's and bears its name with "baseline"
-replaced: ``glyphs_bags.yaml`` beside ``glyphs_baseline.yaml``, ``lvis_seesaw_R50.yaml`` beside
-``lvis_baseline_R50.yaml``. Runs of seed s start from the baseline of seed s, so that differences
-between methods can be taken seed by seed. Layout of a comparison's folder::
+A method is what ``--method`` lays over the softmax baseline's config (:mod:`bags_d2.config.files`).
+Runs of seed s start from the baseline of seed s, so that differences between methods can be taken
+seed by seed. Layout of a comparison's folder::
 
     features/seed1/                box features of the baseline's detector, for all classifiers
     bags/seed1/settings.json       what the run is of, data included, written before it starts
@@ -24,6 +23,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import current_name, former_names, list_methods, run_name
 from ..data.datasets import missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
@@ -48,7 +48,11 @@ TRANSFORMS = {
 
 # Where a run is executed says nothing about what it measures; the detector that it starts from is
 # told by the seed.
-_INDIFFERENT = ("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS")
+_INDIFFERENT = (
+    *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
+    "STAGE2.*",  # in effect elsewhere, if at all
+    *former_names(),
+)
 
 # What makes two configs comparable: the detector, the data, and how it is evaluated.
 _SAME_DETECTOR = (
@@ -73,8 +77,8 @@ class Run:
     Attributes:
         method: name of the method.
         seed: of the run, and of the detector that it starts from.
-        config_file: its config.
-        settings: values of that config as text, by dotted key.
+        overlay: what ``--method`` lays over the baseline's config, if anything.
+        settings: values of its config as text, by dotted key.
         kind: how its model comes about.
         trained: which parameters train, in a word.
         from_detector: whether it starts from the baseline of its seed.
@@ -84,7 +88,7 @@ class Run:
 
     method: str
     seed: int
-    config_file: Path
+    overlay: str | None
     settings: dict[str, str]
     kind: Kind
     trained: str
@@ -124,6 +128,9 @@ class Run:
         path = self.folder / "settings.json"
         if path.is_file():
             found, wanted = _load(path, dict), self.record()
+            found = {current_name(key): value for key, value in found.items()} | {
+                key: value for key, value in found.items() if current_name(key) == key
+            }
             # Keys that came with a later version had their defaults in effect; of data that were
             # not recorded nothing is known.
             common = found.keys() & wanted.keys()
@@ -171,24 +178,23 @@ class Comparison:
     ) -> None:
         """
         Args:
-            baseline: config of the softmax baseline, with "baseline" in its file name.
+            baseline: config of the softmax baseline.
             output: folder of the comparison.
             opts: config keys and values for all runs.
             num_gpus: processes of a training; 0 is one on the CPU.
 
         Raises:
-            ConfigError: if the file name does not contain "baseline".
+            ConfigError: if the config is faulty, or that of stage 2.
         """
-        if BASELINE not in baseline.name:
-            raise ConfigError(
-                f"--config-file '{baseline}' must have '{BASELINE}' in its name, as configs of the "
-                "methods are found by replacing it."
-            )
         self.baseline = baseline
         self.output = output
         self.opts = tuple(opts)
         self.num_gpus = num_gpus
-        self._base = self._read(baseline)
+        self._base = self._read(None)
+        if self._base.STAGE2.ENABLED:
+            raise ConfigError(
+                f"--config-file '{baseline}' is a stage 2; name the config of its baseline."
+            )
         self._data: dict[str, str] = {}
 
     def require_data(self) -> None:
@@ -201,48 +207,57 @@ class Comparison:
         self._data = _data_record((*self._base.DATASETS.TRAIN, *self._base.DATASETS.TEST))
 
     def methods(self) -> list[str]:
-        """All methods with a config of the same detector and data beside the baseline's."""
-        before, after = self.baseline.name.split(BASELINE, 1)
-        detector = select_config(self._base, _SAME_DETECTOR)
-        names = {
-            path.name[len(before) : len(path.name) - len(after)]
-            for path in self.baseline.parent.glob(f"{before}*{after}")
-            if select_config(self._read(path), _SAME_DETECTOR) == detector
-        }
-        return [BASELINE, *sorted(names - {BASELINE} | set(TRANSFORMS))]
+        """The methods of ``configs/methods`` that leave detector and data as they are.
+
+        A classifier that is made for training the whole detector is also one for stage 2.
+        """
+        methods = []
+        for name in list_methods():
+            cfg = self._read(name)
+            if self._is_comparable(cfg):
+                predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
+                changed = predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME
+                methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
+        return [BASELINE, *sorted([*methods, *TRANSFORMS])]
 
     def run(self, method: str, seed: int) -> Run:
         """
         Args:
-            method: one of :meth:`methods`.
+            method: one of :meth:`methods`, or anything else that ``--method`` takes.
             seed: its seed.
 
         Raises:
-            MissingFileError: if the method has no config.
-            ConfigError: if that is faulty, or trains no baseline.
+            MissingFileError: if there is no such method.
+            ConfigError: if it is faulty, changes detector or data, or trains no baseline.
         """
         transform = method in TRANSFORMS
-        name = self.baseline.name.replace(BASELINE, BASELINE if transform else method, 1)
-        cfg = self._read(self.baseline.parent / name)
+        overlay = None if transform or method == BASELINE else method
+        cfg = self._read(overlay)
+        if not self._is_comparable(cfg):
+            raise ConfigError(
+                f"Method '{method}' changes the detector, the data or how they are evaluated, so "
+                "it cannot be compared with the baseline; leave it out."
+            )
         settings = select_config(cfg, ("*",), ("SEED", *_INDIFFERENT)) | self._data
         if transform:
             settings["transform"] = " ".join(TRANSFORMS[method])
         kind = Kind.TRANSFORM if transform else _kind_of(cfg)
-        from_detector = transform or cfg.MODEL.WEIGHTS != self._base.MODEL.WEIGHTS
+        from_detector = transform or cfg.STAGE2.ENABLED
         if kind is Kind.EVALUATE and not from_detector:
             raise ConfigError(
                 f"'{method}' has no model, as SOLVER.MAX_ITER is 0; set it to 1 or more."
             )
+        name = run_name(BASELINE, method)
         return Run(
-            method=method,
+            method=name,
             seed=seed,
-            config_file=self.baseline.parent / name,
+            overlay=overlay,
             settings=settings,
             kind=kind,
             trained=_trained(cfg, kind),
             from_detector=from_detector,
             weights=str(self.detector(seed)) if from_detector else cfg.MODEL.WEIGHTS,
-            folder=self._folder(method, seed),
+            folder=self._folder(name, seed),
         )
 
     def detector(self, seed: int) -> Path:
@@ -267,7 +282,9 @@ class Comparison:
     def commands(self, run: Run) -> tuple[list[str] | None, list[str]]:
         """The commands that make the model of a run, if it has one of its own, and evaluate it."""
         detector = run.weights if run.from_detector else None
-        common = ["--config-file", str(run.config_file), "--num-gpus", str(self.num_gpus)]
+        config = ["--config-file", str(self.baseline)]
+        overlay = ["--method", run.overlay] if run.overlay else []
+        common = [*config, *overlay, "--num-gpus", str(self.num_gpus)]
         opts = [*self.opts, "SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)]
         start = ["MODEL.WEIGHTS", detector] if detector else []
         if run.kind is Kind.TRAIN:
@@ -280,8 +297,7 @@ class Comparison:
             make = [*fit, *opts, *start]
         elif run.kind is Kind.TRANSFORM:
             files = ["--input", detector, "--output", str(run.checkpoint)]
-            counts = ["--config-file", str(run.config_file)]
-            arguments = [*files, *TRANSFORMS[run.method], *counts]
+            arguments = [*files, *TRANSFORMS[run.method], *config]
             make = [*_script("tools/normalize_classifier.py"), *arguments]
         else:
             make = None
@@ -292,8 +308,13 @@ class Comparison:
     def _folder(self, method: str, seed: int) -> Path:
         return self.output / method / f"seed{seed}"
 
-    def _read(self, path: Path) -> CfgNode:
-        return setup_cfg(argparse.Namespace(config_file=str(path), opts=list(self.opts)))
+    def _is_comparable(self, cfg: CfgNode) -> bool:
+        return select_config(cfg, _SAME_DETECTOR) == select_config(self._base, _SAME_DETECTOR)
+
+    def _read(self, overlay: str | None) -> CfgNode:
+        return setup_cfg(
+            argparse.Namespace(config_file=str(self.baseline), method=overlay, opts=list(self.opts))
+        )
 
 
 def _kind_of(cfg: CfgNode) -> Kind:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import rename_keys
 from ..data.annotations import read_annotations
 from ..data.datasets import dataset_annotations, register_from_config
 from ..engine.setup import setup_cfg
@@ -78,7 +79,9 @@ class EvaluatedRun:
     def config(self) -> dict[str, Any]:
         """Its ``config.yaml``, nested keys joined by dots; {} if it is missing or unreadable."""
         try:
-            return dict(flat_items(load_yaml(self.folder / "config.yaml")))
+            content = load_yaml(self.folder / "config.yaml")
+            rename_keys(content)
+            return dict(flat_items(content))
         except (BagsError, OSError):
             return {}
 

@@ -168,8 +168,8 @@ class LongTailCheckpointer(DetectionCheckpointer):
             if not torch.equal(class_to_group, grouped[name].class_to_group):
                 raise ConfigError(
                     f"Checkpoint '{self._path}' groups the classes otherwise than the config "
-                    "would (MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY, the training set); make them "
-                    "agree, or start from a stage-1 checkpoint."
+                    "would (MODEL.BAGS.GROUP_THRESHOLDS, MODEL.LONG_TAIL, the training set); make "
+                    "them agree, or start from a stage-1 checkpoint."
                 )
         return incompatible
 

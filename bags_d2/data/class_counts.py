@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..config import long_tail
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import load_json
 from .annotations import AnnotationSet, read_annotations
@@ -36,7 +37,7 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
 
     Args:
         cfg: config with the keys of ``add_bags_config``.
-        by: "instances" or "images"; None takes ``MODEL.BAGS.COUNT_BY``.
+        by: "instances" or "images"; None takes ``MODEL.LONG_TAIL.COUNT_BY``.
 
     Returns:
         Long tensor (K,).
@@ -46,24 +47,24 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
         ConfigError, DataError: if classes disagree between training sets or with
             ``MODEL.ROI_HEADS.NUM_CLASSES``, or the counts file is faulty.
     """
-    by = by or cfg.MODEL.BAGS.COUNT_BY
+    by = by or long_tail(cfg).COUNT_BY
     if by not in COUNTABLE:
-        raise ConfigError(f"MODEL.BAGS.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
+        raise ConfigError(f"MODEL.LONG_TAIL.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     names = cfg.DATASETS.TRAIN
-    path = cfg.MODEL.BAGS.CLASS_COUNTS_FILE
+    path = long_tail(cfg).CLASS_COUNTS_FILE
     if path:
         content = _load_counts_file(path)
         # Only a file keyed by name needs the names, for which a data set may have to be loaded.
         known = _by_name(content) and names and names[0] in DatasetCatalog
         counts = _counts_from(path, content, class_names(names[0]) if known else None)
-        source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+        source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
     elif names:
         counts = functools.reduce(torch.add, _counts_of_same_classes(names, by))
         source = f"DATASETS.TRAIN {tuple(names)}"
     else:
         raise MissingFileError(
-            "No class counts: DATASETS.TRAIN and MODEL.BAGS.CLASS_COUNTS_FILE are both empty."
+            "No class counts: DATASETS.TRAIN and MODEL.LONG_TAIL.CLASS_COUNTS_FILE are both empty."
         )
     if len(counts) != num_classes:
         raise ConfigError(
@@ -179,8 +180,8 @@ def _load_counts_file(path: str):
     local = PathManager.get_local_path(path)
     if not os.path.isfile(local):
         raise MissingFileError(
-            f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}' does not exist; correct the path or set it to "
-            "''."
+            f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}' does not exist; correct the path or set "
+            "it to ''."
         )
     return load_json(local)
 
@@ -190,7 +191,7 @@ def _by_name(content) -> bool:
 
 
 def _counts_from(path: str, content, class_names: Sequence[str] | None) -> torch.Tensor:
-    source = f"MODEL.BAGS.CLASS_COUNTS_FILE '{path}'"
+    source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
     if _by_name(content):
         if class_names is None:
             raise DataError(

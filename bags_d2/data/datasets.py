@@ -132,9 +132,11 @@ def dataset_annotations(name: str) -> AnnotationSet | None:
         name: a registered data set.
 
     Raises:
-        MissingFileError: if there is no such file.
+        MissingFileError: if there is no such data set or file.
         DataError: if something in it has no meaning, or its classes are not those registered.
     """
+    if name not in DatasetCatalog:
+        raise MissingFileError(f"Data set '{name}' (DATASETS) is not registered.")
     adopt(name)
     loader = DatasetCatalog[name]
     if getattr(loader, "func", None) is not load_annotation_file:

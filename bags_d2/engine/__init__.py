@@ -3,7 +3,7 @@
 from ..checkpoint import LongTailCheckpointer
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
-from .setup import check_files, log_changed_settings, setup_cfg
+from .setup import argument_parser, check_files, log_changed_settings, setup_cfg
 from .trainable import select_trainable_params
 from .trainer import BAGSTrainer
 
@@ -11,6 +11,7 @@ __all__ = [
     "BAGSTrainer",
     "LongTailCheckpointer",
     "LongTailPredictor",
+    "argument_parser",
     "check_files",
     "launch",
     "log_changed_settings",

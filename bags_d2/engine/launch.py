@@ -22,7 +22,7 @@ def process_count(args: argparse.Namespace) -> int:
     """Processes of a run on all its machines."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return args.num_gpus * args.num_machines
+    return max(args.num_gpus, 1) * args.num_machines  # --num-gpus 0 is one on the CPU
 
 
 def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:

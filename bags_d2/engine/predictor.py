@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import LongTailCheckpointer
+from ..config import find_config, long_tail, run_name
 from ..data.class_record import ClassRecord
 from ..errors import ConfigError, DataError, MissingFileError
 from ..modeling.class_groups import ClassCounts, ClassGroups
@@ -106,6 +108,7 @@ class LongTailPredictor(DefaultPredictor):
         weights: str | os.PathLike | None = None,
         opts: Sequence = (),
         device: str | None = None,
+        method: str | None = None,
     ) -> "LongTailPredictor":
         """A predictor of a config file, or of a name in :mod:`bags_d2.model_zoo`.
 
@@ -115,35 +118,38 @@ class LongTailPredictor(DefaultPredictor):
                 training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
             opts: further config keys and values.
             device: None is the config's, or the CPU where there is no CUDA device.
+            method: what to lay over the config, as ``--method`` of train_net.py.
 
         Raises:
-            MissingFileError: if there is no such config or no checkpoint.
+            MissingFileError: if there is no such config, method or checkpoint.
             ConfigError: if the config is faulty, or the checkpoint does not fit it.
         """
         name = os.fspath(config_file)
-        path = name if os.path.isfile(name) else model_zoo.get_config_file(name)
-        cfg = setup_cfg(argparse.Namespace(config_file=path, opts=list(opts)))
+        is_path = os.path.isfile(find_config(name)[0])
+        path = name if is_path else model_zoo.get_config_file(name)
+        cfg = setup_cfg(argparse.Namespace(config_file=path, method=method, opts=list(opts)))
         cfg.defrost()
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         elif "MODEL.WEIGHTS" not in list(opts)[::2]:
-            cfg.MODEL.WEIGHTS = _trained_weights(cfg, path)
+            cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
         if device or not torch.cuda.is_available():
             cfg.MODEL.DEVICE = device or "cpu"
         cfg.freeze()
         return cls(cfg)
 
 
-def _trained_weights(cfg: CfgNode, config_file: str) -> str:
+def _trained_weights(cfg: CfgNode, config_file: str, method: str | None) -> str:
     """The result of training with a config; its MODEL.WEIGHTS is what training starts from."""
     trained = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if os.path.isfile(trained):
         return trained
     try:
-        return model_zoo.get_checkpoint(os.path.basename(config_file))
+        return model_zoo.get_checkpoint(f"{run_name(Path(config_file).stem, method)}.yaml")
     except MissingFileError:
         raise MissingFileError(
-            f"No trained checkpoint of '{config_file}': '{trained}' does not exist; name one "
+            f"No trained checkpoint of '{config_file}'{f' with {method}' if method else ''}: "
+            f"'{trained}' does not exist; name one "
             "(MODEL.WEIGHTS), or train with train_net.py."
         ) from None
 
@@ -165,7 +171,7 @@ def _training_counts(cfg: CfgNode, model, record: ClassRecord) -> torch.Tensor |
         counted = isinstance(module, ClassGroups | ClassCounts) and bool(
             (module.class_counts >= 0).all()
         )
-        if counted and cfg.MODEL.BAGS.COUNT_BY == "instances":
+        if counted and long_tail(cfg).COUNT_BY == "instances":
             return module.class_counts.cpu()
     counts = ClassRecord.of_training_set(cfg).training_instances
     return None if counts is None else torch.tensor(counts)

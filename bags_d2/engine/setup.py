@@ -14,18 +14,26 @@ import yaml
 from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_bags_config, merge_config_file
+from ..config import (
+    add_bags_config,
+    find_config,
+    merge_config_file,
+    rename_keys,
+    rename_options,
+    scale_schedule,
+)
 from ..data.build import check_datasets
 from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
 
-__all__ = ["check_device", "check_files", "log_changed_settings", "setup_cfg"]
+__all__ = ["argument_parser", "check_device", "check_files", "log_changed_settings", "setup_cfg"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,34 +65,52 @@ _NOT_RESUMED = {
 }
 
 
+def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Detectron2's ``default_argument_parser`` with ``--method``."""
+    parser = default_argument_parser(epilog)
+    parser.add_argument(
+        "--method",
+        help="what to lay over the config: a name in configs/methods or configs/ablations, "
+        "NAME_classifier to train its classifier alone, or the path of a YAML",
+    )
+    return parser
+
+
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """Read ``args.config_file``, merge ``args.opts`` and register ``DATASETS.REGISTER``.
 
     Args:
-        args: of ``detectron2.engine.default_argument_parser``.
+        args: of :func:`argument_parser`, or of Detectron2's, which names no method.
 
     Returns:
         A frozen config.
 
     Raises:
-        MissingFileError: if the config file does not exist.
-        ConfigError: if it is not valid YAML for this config, or an option is unknown or of the
-            wrong type.
+        MissingFileError: if the config file or the method does not exist.
+        ConfigError: if it is not valid YAML for this config, or an option is unknown, of the
+            wrong type, or without effect.
     """
     cfg = get_cfg()
     add_bags_config(cfg)
     path = args.config_file
     if not path:
         raise ConfigError("No config was given: add --config-file configs/lvis_bags_R50.yaml.")
+    opts = rename_options(args.opts or [])
+    if any(str(key).startswith("STAGE2.") for key in opts[::2]):
+        raise ConfigError(
+            "STAGE2.* has no effect on the command line; set MODEL.WEIGHTS, SOLVER.MAX_ITER and "
+            "SOLVER.STEPS instead."
+        )
     try:
-        merge_config_file(cfg, path)
+        merge_config_file(cfg, path, getattr(args, "method", None))
         # YAML's infinity, which yacs takes for a word on the command line.
-        cfg.merge_from_list([math.inf if o == ".inf" else o for o in args.opts or []])
+        cfg.merge_from_list([math.inf if o == ".inf" else o for o in opts])
+        scale_schedule(cfg)
     except BagsError:
         raise
     except Exception as error:  # yacs evaluates values, and raises nearly anything
         raise ConfigError(
-            f"Config '{path}' with options {args.opts or []}: {' '.join(str(error).split())}"
+            f"Config '{path}' with options {opts}: {' '.join(str(error).split())}"
         ) from None
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()
@@ -133,7 +159,7 @@ def check_files(
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 allows ?matching_heuristics=True
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
         raise MissingFileError(
-            f"Checkpoint '{weights}' (MODEL.WEIGHTS) does not exist{_how_to_make(weights)}."
+            f"Checkpoint '{weights}' (MODEL.WEIGHTS) does not exist{_how_to_make(cfg)}."
         )
     # Last, since it may take a while.
     if cfg.DATASETS.CHECK_ANNOTATIONS:
@@ -172,7 +198,9 @@ def log_changed_settings(cfg: CfgNode) -> None:
         return  # nothing is resumed
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     try:
-        before = flatten(load_yaml(path))
+        content = load_yaml(path)
+        rename_keys(content)
+        before = flatten(content)
     except BagsError as error:
         logger.warning("Whether settings have changed since the run began is unknown: %s", error)
         return
@@ -225,6 +253,14 @@ def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:
             "SOLVER's schedule (LR_SCHEDULER_NAME, STEPS, GAMMA, WARMUP_*) cannot be built: "
             f"{error or repr(error)}."
         ) from None
+    if (
+        cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+        and cfg.DATALOADER.REPEAT_THRESHOLD <= 0
+    ):
+        raise ConfigError(
+            "DATALOADER.REPEAT_THRESHOLD is 0, so RepeatFactorTrainingSampler repeats no image; "
+            "set it to the share of images below which a class is rare (LVIS: 0.001)."
+        )
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise ConfigError(
             f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is '{cfg.MODEL.DEVICE}'; set "
@@ -262,10 +298,12 @@ def flatten(node: Mapping, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _how_to_make(weights: str) -> str:
+def _how_to_make(cfg: CfgNode) -> str:
     """How to train a checkpoint whose folder is named after one of the configs."""
-    run = os.path.basename(os.path.dirname(weights))
-    config = os.path.join("configs", f"{run}.yaml")
+    run = os.path.basename(os.path.dirname(cfg.MODEL.WEIGHTS))
+    config, methods = find_config(os.path.join("configs", f"{run}.yaml"))
     if not os.path.isfile(config):
-        return "; correct the path"
-    return f"; train stage 1 first: python train_net.py --config-file {config} --num-gpus 8"
+        stage_1 = "train stage 1 first (the baseline's config without the method), or "
+        return f"; {stage_1 if cfg.STAGE2.ENABLED else ''}correct the path"
+    method = f" --method {methods[0]}" if methods else ""
+    return f"; train stage 1 first: python train_net.py --config-file {config}{method} --num-gpus 8"

@@ -26,6 +26,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
+from ..config import long_tail
 from ..data.build import test_records, training_records
 from ..data.class_counts import training_class_counts, training_class_names
 from ..data.class_record import ClassRecord
@@ -324,7 +325,7 @@ def _classes_of(cfg: CfgNode, model: nn.Module) -> tuple[list[str] | None, torch
     records = [m.class_record for m in model.modules() if hasattr(m, "class_record")]
     record = records[0] if records else ClassRecord()
     names, counts = record.names, record.training_instances
-    if cfg.MODEL.BAGS.COUNT_BY == "instances":
+    if long_tail(cfg).COUNT_BY == "instances":
         for module in _modules(model, ClassCounts):
             if bool((module.class_counts >= 0).all()):
                 counts = module.class_counts.tolist()

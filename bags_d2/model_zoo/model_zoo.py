@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
+from ..config import find_config
 from ..engine.setup import setup_cfg
 from ..errors import MissingFileError
 
@@ -21,15 +22,23 @@ _CHECKPOINTS = _HERE / "checkpoints"
 
 
 def list_configs() -> list[str]:
-    """Names of all configs that a model can be built from."""
+    """Names of all configs that a model can be built from.
+
+    They are those that have a file. What :func:`bags_d2.config.list_methods` names can be laid over
+    each, as in "lvis_seesaw_R50.yaml" for "lvis_baseline_R50.yaml".
+    """
     paths = [*_CONFIGS.rglob("*.yaml"), *_CONFIGS.rglob("*.py")]
     return sorted(
-        path.relative_to(_CONFIGS).as_posix() for path in paths if not path.name.startswith("Base-")
+        path.relative_to(_CONFIGS).as_posix()
+        for path in paths
+        if not path.name.startswith("Base-") and path.parent.name not in ("methods", "ablations")
     )
 
 
 def get_config_file(config_path: str) -> str:
-    """Path of a config of this package.
+    """Path of a config of this package, for ``--config-file`` and :func:`bags_d2.engine.setup_cfg`.
+
+    Where a name stands for a baseline with a method, there is no file of that path.
 
     Args:
         config_path: relative to ``configs/``, such as "lvis_bags_R50.yaml".
@@ -37,13 +46,14 @@ def get_config_file(config_path: str) -> str:
     Raises:
         MissingFileError: if there is no such config.
     """
-    path = _CONFIGS / config_path
-    if not path.is_file():
+    path = str(_CONFIGS / config_path)
+    file, methods = find_config(path)
+    if not os.path.isfile(file):
         raise MissingFileError(
             f"'{config_path}' is no config of bags_d2's model zoo; bags_d2.model_zoo.list_configs()"
             " names all."
         )
-    return str(path)
+    return path if methods else file
 
 
 def get_checkpoint(config_path: str) -> str:

@@ -78,7 +78,7 @@ class ClassCounts(nn.Module):
         if not self.is_determined:
             raise ConfigError(
                 f"The {self._subject} are unknown: {self.undetermined_because} Load a checkpoint "
-                "that has them (MODEL.WEIGHTS), or set MODEL.BAGS.CLASS_COUNTS_FILE."
+                "that has them (MODEL.WEIGHTS), or set MODEL.LONG_TAIL.CLASS_COUNTS_FILE."
             )
 
     def require_classes(self, num_classes: int) -> None:
@@ -119,7 +119,7 @@ class ClassCounts(nn.Module):
             if changed and self.is_determined:
                 logger.warning(
                     "The checkpoint's %s of %d of %d classes differ from those of the "
-                    "configuration (MODEL.BAGS.GROUP_THRESHOLDS, COUNT_BY, CLASS_COUNTS_FILE and "
+                    "configuration (MODEL.BAGS.GROUP_THRESHOLDS, MODEL.LONG_TAIL and "
                     "the training set): its own are used, since its weights were trained under "
                     "them.",
                     self._subject,
@@ -163,6 +163,7 @@ class ClassGroups(ClassCounts):
     ) -> None:
         """Use :meth:`from_counts`, or :meth:`undetermined` where the counts cannot be had."""
         super().__init__(class_counts, undetermined_because)
+        self.num_classes = len(class_to_group)  # which a caller may yet compare with the counts
         self.num_groups = len(thresholds) + 1
         self.register_buffer("class_to_group", class_to_group.long())
         self.register_buffer("thresholds", torch.tensor(list(thresholds), dtype=torch.long))

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 
+from ..config import long_tail
 from ..errors import ConfigError
 from ..layers import fast_rcnn_inference_topk
 from .box_predictors import build_box_predictor
@@ -68,7 +69,7 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
         """
         if average not in ("logits", "probs"):
             raise ConfigError(
-                f"MODEL.BAGS.CASCADE_AVERAGE must be 'logits' or 'probs', found '{average}'"
+                f"MODEL.LONG_TAIL.CASCADE_AVERAGE must be 'logits' or 'probs', found '{average}'"
             )
         super().__init__(**kwargs)
         self.average = average
@@ -76,7 +77,7 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        ret["average"] = cfg.MODEL.BAGS.CASCADE_AVERAGE
+        ret["average"] = long_tail(cfg).CASCADE_AVERAGE
         return ret
 
     @classmethod

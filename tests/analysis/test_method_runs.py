@@ -50,15 +50,32 @@ class Machine:
         return 60.0
 
 
-def test_methods_are_the_configs_beside_the_baseline(comparison):
+def test_methods_are_those_that_leave_detector_and_data_as_they_are(comparison):
     methods = comparison.methods()
     assert methods[0] == BASELINE
     assert {"bags", "softmax_retrained", "tau_norm", "tau_norm_tail"} <= set(methods)
+    # Only what trains a classifier of its own from the start is a method of stage 2 as well.
+    assert {"seesaw", "seesaw_classifier"} <= set(methods)
+    assert not {"bags_classifier", "baseline_2x_classifier", "ap_fixed"} & set(methods)
     assert len(set(methods)) == len(methods)
-    lvis = Comparison(ROOT / "configs" / "lvis_baseline_R50.yaml", Path("anywhere")).methods()
-    assert "bags" in lvis
-    # Other data and other detectors are no methods, though the names fit.
-    assert not {"v0.5_bags", "bags_mask", "v0.5_baseline"} & set(lvis)
+    with pytest.raises(ConfigError, match="'ap_fixed' changes the detector, the data or how"):
+        comparison.run("ap_fixed", 1)
+
+
+def test_a_baseline_of_any_name_needs_no_further_file(tmp_path):
+    config = tmp_path / "detector.yaml"
+    config.write_text(f'_BASE_: "{GLYPHS}"\nSTAGE2: {{WEIGHTS: "", MAX_ITER: 9, STEPS: [8]}}\n')
+    (tmp_path / "mine.yaml").write_text('MODEL: {ROI_BOX_PREDICTOR: {NAME: "EQLOutputLayers"}}\n')
+    comparison = Comparison(config, tmp_path / "out")
+    assert "bags" in comparison.methods()
+    for method, name in (("bags_beta1", "bags_beta1"), (str(tmp_path / "mine.yaml"), "mine")):
+        run = comparison.run(method, 1)
+        make, evaluate = comparison.commands(run)
+        for command in (make, evaluate):
+            assert command[command.index("--config-file") + 1] == str(config)
+            assert command[command.index("--method") + 1] == method
+        assert run.folder == tmp_path / "out" / name / "seed1"
+    assert comparison.run("bags", 1).settings["SOLVER.MAX_ITER"] == "9"
 
 
 @pytest.mark.parametrize(
@@ -80,20 +97,16 @@ def test_how_the_model_of_a_run_comes_about(comparison, method, kind, trained, f
     assert "--eval-only" in evaluate
 
 
-def test_what_trains_a_part_or_a_cascade_is_trained_from_images(comparison, tmp_path):
-    config = tmp_path / "glyphs_part.yaml"
+def test_what_trains_a_part_or_a_cascade_is_trained_from_images(tmp_path):
     for trainable, heads, kind in (
         ("('roi_heads.box_head*',)", "LongTailROIHeads", Kind.TRAIN),
         ("('roi_heads.box_predictor*',)", "LongTailROIHeads", Kind.FIT),
         ("('roi_heads.box_predictor*',)", "LongTailCascadeROIHeads", Kind.TRAIN),
     ):
-        config.write_text(
-            f'_BASE_: "{GLYPHS}"\nMODEL:\n  TRAINABLE_PARAMS: {trainable}\n'
-            f'  ROI_HEADS:\n    NAME: "{heads}"\n'
-        )
-        (tmp_path / "glyphs_baseline.yaml").write_text(f'_BASE_: "{GLYPHS}"\n')
-        of_folder = Comparison(tmp_path / "glyphs_baseline.yaml", tmp_path)
-        assert of_folder.run("part", 1).kind is kind
+        config, method = tmp_path / "detector.yaml", tmp_path / "part.yaml"
+        config.write_text(f'_BASE_: "{GLYPHS}"\nMODEL:\n  ROI_HEADS:\n    NAME: "{heads}"\n')
+        method.write_text(f"MODEL:\n  TRAINABLE_PARAMS: {trainable}\n")
+        assert Comparison(config, tmp_path).run(str(method), 1).kind is kind
 
 
 def test_nothing_is_done_twice(comparison):
@@ -266,9 +279,9 @@ def test_runs_of_earlier_versions_are_taken_as_they_are(own_data):
 
 
 def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="must have 'baseline' in its name"):
+    with pytest.raises(ConfigError, match=r"glyphs_bags\.yaml' is a stage 2; name the config"):
         Comparison(ROOT / "configs" / "glyphs_bags.yaml", tmp_path)
-    with pytest.raises(MissingFileError, match="glyphs_nothing"):
+    with pytest.raises(MissingFileError, match="no method 'nothing'"):
         Comparison(GLYPHS, tmp_path).run("nothing", 1)
     with pytest.raises(ConfigError, match=r"SOLVER\.MAX_ITER is 0"):
         Comparison(GLYPHS, tmp_path, ["SOLVER.MAX_ITER", "0"]).run(BASELINE, 1)
@@ -278,9 +291,8 @@ def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(MissingFileError, match=r"glyphs_train\.json.*build it with"):
         Comparison(GLYPHS, tmp_path).require_data()
     for arguments, message in (
-        (["--methods", ","], "none named; there are baseline, "),
-        (["--methods", ""], "none named; there are baseline, "),
-        (["--methods", "bags,none"], r"no config for \['none'\]; there are baseline, "),
+        (["--methods", ","], "names none; there are baseline, "),
+        (["--methods", ""], "names none; there are baseline, "),
         (["--seeds", "0"], "--seeds must be 1 or more"),
         (["--report-only"], "No run in .* is complete"),
     ):
@@ -346,16 +358,10 @@ def test_a_failing_command_is_an_error_with_its_last_words(tmp_path):
 @pytest.mark.slow
 def test_the_tool_trains_fits_and_evaluates_from_any_folder(datasets_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
-    tiny = ROOT / "tests" / "tiny.yaml"
-    (tmp_path / "tiny_baseline.yaml").write_text(f'_BASE_: "{tiny}"\n')
-    (tmp_path / "tiny_bags.yaml").write_text(
-        '_BASE_: "tiny_baseline.yaml"\nMODEL:\n  WEIGHTS: "the detector"\n'
-        '  ROI_BOX_PREDICTOR:\n    NAME: "BAGSOutputLayers"\n'
-        '  TRAINABLE_PARAMS: ("roi_heads.box_predictor*cls_score.*",)\n'
-    )
+    (tmp_path / "tiny.yaml").write_text(f'_BASE_: "{ROOT}/tests/tiny.yaml"\n')
     command = [sys.executable, str(ROOT / "tools" / "compare_methods.py")]
     command += ["--methods", "bags", "--seeds", "1"]
-    command += ["--config-file", "tiny_baseline.yaml", "--output", "out"]
+    command += ["--config-file", "tiny.yaml", "--output", "out"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "[2/2] bags, seed 1: fitting the classifier" in first.stdout

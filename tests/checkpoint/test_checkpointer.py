@@ -210,7 +210,7 @@ def test_evaluation_adopts_the_grouping_of_the_checkpoint_and_warns(
 def test_evaluation_needs_no_counts(build, save, logs, make_batch):
     saved = build(*BAGS, seed=1)
     path = save(saved)
-    model = build(*BAGS, *("MODEL.BAGS.CLASS_COUNTS_FILE", "gone.json"), seed=2)
+    model = build(*BAGS, *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "gone.json"), seed=2)
     LongTailCheckpointer(model, evaluating=True).load(path)
     assert _warnings(logs()) == []
     assert model.roi_heads.box_predictor.groups.class_counts.tolist() == [3, 12, 150, 2000, 7, 40]
@@ -225,7 +225,7 @@ def test_classes_of_another_number_keep_the_config_and_its_groups(build, save, t
     other = build(
         *BAGS,
         *("MODEL.ROI_HEADS.NUM_CLASSES", 9),
-        *("MODEL.BAGS.CLASS_COUNTS_FILE", str(counts)),
+        *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(counts)),
         *("MODEL.BAGS.GROUP_THRESHOLDS", (6, 60, 600)),
     )
     model = build(*BAGS)

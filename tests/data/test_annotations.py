@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def cfg_of(tiny_cfg, tmp_path):
     def make(train=(), test=(), *opts):
         return tiny_cfg(
             *("DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test)),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.BAGS.CLASS_COUNTS_FILE", ""),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", ""),
             *("INPUT.MIN_SIZE_TRAIN", (SIDE,), "OUTPUT_DIR", str(tmp_path / "out")),
             *opts,
         )
@@ -338,6 +339,18 @@ REFUSED = {
         r"annotation 5 has no mask but MODEL\.MASK_ON",
     ),
     "no mask in val, masks": ("coco", True, "val", each(segmentation=[]), "has no mask"),
+    "box of 3": ("coco", False, "train", first(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]"),
+    "box negative": ("lvis", False, "val", first(bbox=[1, 2, -3, 4]), r"bbox \[1, 2, -3, 4\]"),
+    "box infinite": ("coco", False, "train", first(bbox=[1, 2, 1e999, 4]), "bbox"),
+    "unknown image": ("coco", False, "train", first(image_id="1"), "image_id '1', which is not"),
+    "unknown category": ("lvis", False, "val", first(category_id=True), "category_id True"),
+    "image id twice": (
+        "coco",
+        False,
+        "train",
+        lambda d: d["images"].append(d["images"][0]),
+        "image id 1 occurs twice",
+    ),
     "image size float": (
         "coco",
         False,
@@ -504,6 +517,63 @@ def test_whole_numbers_train_to_the_same_bits_as_floats(mask_on, data_set, cfg_o
         trainer.train()
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_set_without_federated_lists_can_be_evaluated_as_coco(data_set, cfg_of):
+    """The remedy that the refusal names works."""
+    data = edited(dropped("images", "neg_category_ids"), "val", "lvis")
+    train, val = data_set(edited(lambda d: None)), data_set(data, "coco")
+    check_datasets(cfg_of([train], [val]), training=True)
+    assert evaluate(val, "coco")["AP"] == pytest.approx(100)
+
+
+# Rows of the page's tables, and the cases of this file that show them.
+PAGE = {
+    "`iscrowd`, `ignore` missing, null, true or false": ["iscrowd null", "iscrowd false"],
+    "`area` missing, null or 0": ["area missing", "area null", "area 0"],
+    "whole numbers in boxes and polygons": ["floats"],
+    "`segmentation` null, `[]` or `[[]]`": ["segmentation null", "segmentation [[]]"],
+    "`segmentation` a flat list of numbers": ["polygon flat"],
+    "`coco_url` null or empty": ["coco_url null", "coco_url empty"],
+    "ids that are text, negative or beyond 2^53": ["image ids text", "category ids of 2^53"],
+    "category ids with gaps, in any order": ["category ids negative"],
+    "keys that are not needed (`license`, ...)": ["license of text"],
+    "crowds, ignored regions": ["crowd", "ignored"],
+    "boxes without area, or outside their images": ["box without width", "box outside"],
+    "`iscrowd` or `ignore` other than 0 and 1, as text": ["iscrowd text", "ignore text"],
+    "boxes that are not four finite numbers, or of negative size": ["box of 3", "box negative"],
+    "unknown images or categories, ids that occur twice": ["unknown image", "image id twice"],
+    "image sizes that are not whole numbers above 0": ["image size float", "image size text"],
+    "images without a `file_name` (COCO), or without it and `coco_url` (LVIS)": [
+        "file_name null",
+        "only coco_url",
+    ],
+    "category names that are missing or cannot be written as UTF-8": ["name with a lone surrogate"],
+    "no images, no categories; nothing to train on": ["no images", "no annotations"],
+    "with `MODEL.MASK_ON`: an object without a mask; polygons of fewer than 3 points, of odd "
+    "length, without area or with coordinates beyond 100,000": [
+        "no mask, masks",
+        "polygon of odd length, masks",
+        "polygon far away, masks",
+    ],
+    'with `MODEL.MASK_ON`: run-length codes and `INPUT.MASK_FORMAT "polygon"`': [
+        "run-length code, masks"
+    ],
+    "an LVIS test set without `neg_category_ids`, `not_exhaustive_category_ids` or `frequency`": [
+        "no federated lists",
+        "no frequency",
+    ],
+}
+
+
+def test_the_page_lists_what_is_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    tables = page.split("## What an annotation file may hold")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in tables.splitlines() if line.startswith("|")]
+    heads = ("normalized", "left out everywhere", "refused before training", "---")
+    assert [row for row in rows if row not in heads] == list(PAGE)
+    cases = {*NORMALIZED, *SET_ASIDE, *REFUSED}
+    assert {case for shown in PAGE.values() for case in shown} <= cases
 
 
 # Ids

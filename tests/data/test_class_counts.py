@@ -58,7 +58,7 @@ def cfg_of(tiny_cfg):
         return tiny_cfg(
             *("DATASETS.TRAIN", tuple(names)),
             *("MODEL.ROI_HEADS.NUM_CLASSES", num_classes),
-            *("MODEL.BAGS.CLASS_COUNTS_FILE", ""),
+            *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", ""),
             *opts,
         )
 
@@ -151,7 +151,7 @@ def test_counts_in_the_metadata_go_before_everything(register):
 
 def test_lvis_v1_needs_no_file_on_disk(cfg_of, monkeypatch):
     cfg = cfg_of(["lvis_v1_train"], 1203)
-    cfg_by_images = cfg_of(["lvis_v1_train"], 1203, "MODEL.BAGS.COUNT_BY", "images")
+    cfg_by_images = cfg_of(["lvis_v1_train"], 1203, "MODEL.LONG_TAIL.COUNT_BY", "images")
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was read"))
     instances = training_class_counts(cfg)
     assert len(instances) == 1203
@@ -249,7 +249,7 @@ def test_counts_of_several_training_sets_are_summed(write_lvis, register, cfg_of
         "counts_second", write_lvis(CATEGORIES, [(1, 31), (2, 31), (2, 2)], "second.json")
     )
     assert training_class_counts(cfg_of([first, second], 4)).tolist() == [4, 1, 2, 2]
-    by_images = cfg_of([first, second], 4, "MODEL.BAGS.COUNT_BY", "images")
+    by_images = cfg_of([first, second], 4, "MODEL.LONG_TAIL.COUNT_BY", "images")
     assert training_class_counts(by_images).tolist() == [3, 1, 2, 1]
     assert training_class_counts(by_images, by="instances").tolist() == [4, 1, 2, 2]
 
@@ -286,7 +286,7 @@ def test_number_of_classes_has_to_agree(write_lvis, register, cfg_of, tiny_cfg):
 
 def test_count_by_is_checked(tiny_cfg):
     with pytest.raises(ConfigError, match=r"COUNT_BY must be one of .*'pixels'"):
-        training_class_counts(tiny_cfg("MODEL.BAGS.COUNT_BY", "pixels"))
+        training_class_counts(tiny_cfg("MODEL.LONG_TAIL.COUNT_BY", "pixels"))
 
 
 def test_without_any_source_the_keys_are_named(cfg_of):
@@ -342,7 +342,7 @@ def test_a_counts_file_goes_before_the_training_set(tmp_path, register, cfg_of):
     path = tmp_path / "counts.json"
     path.write_text('{"b": 20, "a": 10}')
     name = register("counts_by_name", lambda: pytest.fail("loaded"), thing_classes=["a", "b"])
-    cfg = cfg_of([name], 2, "MODEL.BAGS.CLASS_COUNTS_FILE", str(path))
+    cfg = cfg_of([name], 2, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(path))
     assert training_class_counts(cfg).tolist() == [10, 20]
 
 
@@ -352,7 +352,7 @@ def test_a_counts_file_by_name_serves_a_data_set_that_is_not_loaded_yet(
     path = tmp_path / "counts.json"
     path.write_text(json.dumps({"yak": 4, "owl": 3, "dog": 2, "cat": 1}))
     name = register("counts_by_name", write_lvis(CATEGORIES, ANNOTATIONS))
-    cfg = cfg_of([name], 4, "MODEL.BAGS.CLASS_COUNTS_FILE", str(path))
+    cfg = cfg_of([name], 4, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(path))
     assert training_class_counts(cfg).tolist() == [1, 2, 3, 4]
 
 

@@ -16,18 +16,18 @@ def test_the_training_set_gives_names_and_counts(tiny_cfg, write_lvis, register)
     categories = {10 * i + 5: name for i, name in enumerate(NAMES)}
     path = write_lvis(categories, [(1, 5), (1, 5), (2, 25)])
     name = register("record_train", path)
-    cfg = tiny_cfg("DATASETS.TRAIN", (name,), "MODEL.BAGS.CLASS_COUNTS_FILE", "")
+    cfg = tiny_cfg("DATASETS.TRAIN", (name,), "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "")
     record = ClassRecord.of_training_set(cfg)
     assert record == ClassRecord(tuple(NAMES), (2, 0, 1, 0, 0, 0))
     # Counted by images or not, the record tells instances.
-    cfg.MODEL.BAGS.COUNT_BY = "images"
+    cfg.MODEL.LONG_TAIL.COUNT_BY = "images"
     assert ClassRecord.of_training_set(cfg) == record
 
 
 def test_what_is_not_there_is_left_empty(tiny_cfg):
     cfg = tiny_cfg("DATASETS.TRAIN", ("no_such_set",))
     assert ClassRecord.of_training_set(cfg) == ClassRecord(None, tuple(TINY_COUNTS))
-    cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
+    cfg.MODEL.LONG_TAIL.CLASS_COUNTS_FILE = ""
     assert ClassRecord.of_training_set(cfg) == ClassRecord()
     assert ClassRecord().for_checkpoint() == {}
 

@@ -118,7 +118,7 @@ def test_the_trainer_loads_images_in_that_order(tiny_cfg, datasets_root, registe
     cfg = tiny_cfg(
         *("DATASETS.TRAIN", (data,), "DATALOADER.SAMPLER_TRAIN", name),
         *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SEED", 1),
-        *("MODEL.BAGS.CLASS_COUNTS_FILE", "", "DATALOADER.TAIL_MAX_COUNT", 10),
+        *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "", "DATALOADER.TAIL_MAX_COUNT", 10),
     )
     batch = next(iter(BAGSTrainer.build_train_loader(cfg)))
     assert len(batch) == 2

@@ -24,7 +24,7 @@ def make_cfg(tiny_cfg, tmp_path):
         LongTailCheckpointer(build_model(cfg), str(tmp_path), classes=record).save("model")
         cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("of_another_machine",)
-        cfg.MODEL.BAGS.CLASS_COUNTS_FILE = ""
+        cfg.MODEL.LONG_TAIL.CLASS_COUNTS_FILE = ""
         return cfg
 
     return make

@@ -2,14 +2,11 @@
 
 import argparse
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from bags_d2 import ConfigError, MissingFileError, add_bags_config
-from bags_d2.config import merge_config_file, read_config_file
+from bags_d2 import ConfigError, MissingFileError
 from bags_d2.engine import check_files, process_count, setup_cfg
 
 
@@ -34,7 +31,7 @@ def test_a_config_is_merged_frozen_and_has_our_keys(setup):
     assert cfg.is_frozen()
     assert math.isinf(cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO)
     assert tuple(cfg.MODEL.BAGS.GROUP_THRESHOLDS) == (5, 50)
-    assert cfg.MODEL.BAGS.COUNT_BY == "instances"
+    assert cfg.MODEL.LONG_TAIL.COUNT_BY == "instances"
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 12
     assert cfg.MODEL.TRAINABLE_PARAMS == ("a.*", "b.*")
 
@@ -62,7 +59,7 @@ def test_no_config_is_an_error_that_shows_the_option():
         ("SEED: 1\n", ["MODEL.BAGS.BETA", "8.0"], "BETA"),
         ("MODEL:\n  BAGS:\n    OTHERS_SAMPLE_RATIO: 8\n", [], "OTHERS_SAMPLE_RATIO"),
         ("SEED: 1\n", ["MODEL.BAGS.OTHERS_SAMPLE_RATIO", "8"], "OTHERS_SAMPLE_RATIO"),
-        ("SEED: 1\n", ["MODEL.BAGS.COUNT_BY"], "COUNT_BY"),
+        ("SEED: 1\n", ["MODEL.LONG_TAIL.COUNT_BY"], "COUNT_BY"),
         ("MODEL: [1, 2\n", [], r"config\.yaml"),
         ("MODEL:\n\t- 1\n", [], r"config\.yaml"),
         ("- 1\n- 2\n", [], r"config\.yaml"),
@@ -89,63 +86,6 @@ def test_a_faulty_config_is_named(setup, text, opts, message):
 def test_a_missing_base_is_named(setup):
     with pytest.raises((ConfigError, MissingFileError), match=r"Base-gone\.yaml"):
         setup("_BASE_: Base-gone.yaml\n")
-
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml"))[::8], ids=lambda p: p.stem)
-def test_files_are_merged_as_detectron2_merges_them(path):
-    theirs = get_cfg()
-    add_bags_config(theirs)
-    theirs.merge_from_file(str(path))
-    ours = get_cfg()
-    add_bags_config(ours)
-    merge_config_file(ours, path)
-    assert ours == theirs
-    assert "!!" not in ours.dump(), "what a run writes of its config is data"
-
-
-def test_files_of_detectron2s_first_version_are_upgraded(tmp_path):
-    (tmp_path / "old.yaml").write_text("VERSION: 1\nTEST:\n  DETECTIONS_PER_IMG: 77\n")
-    cfg = get_cfg()
-    add_bags_config(cfg)
-    merge_config_file(cfg, tmp_path / "old.yaml")
-    assert cfg.TEST.DETECTIONS_PER_IMAGE == 77
-    assert cfg.VERSION == 2
-
-
-def test_of_several_bases_later_ones_take_precedence_and_the_file_over_all(tmp_path):
-    (tmp_path / "a.yaml").write_text("SEED: 1\nMODEL: {DEVICE: a, MASK_ON: true, WEIGHTS: a}\n")
-    (tmp_path / "b.yaml").write_text("MODEL: {DEVICE: b, WEIGHTS: b}\n")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.yaml").write_text(
-        f"_BASE_: [../a.yaml, {tmp_path}/b.yaml]\nMODEL: {{WEIGHTS: c}}\n"
-    )
-    expected = {"SEED": 1, "MODEL": {"DEVICE": "b", "MASK_ON": True, "WEIGHTS": "c"}}
-    assert read_config_file(tmp_path / "sub" / "c.yaml") == expected
-
-
-def test_one_base_may_be_reached_in_two_ways(tmp_path):
-    (tmp_path / "a.yaml").write_text("SEED: 1\n")
-    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
-    (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\n")
-    assert read_config_file(tmp_path / "c.yaml") == {"SEED": 1}
-
-
-def test_bases_from_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.yaml").write_text("SEED: 1\n")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.yaml").write_text("_BASE_: ~/a.yaml\n")
-    assert read_config_file(tmp_path / "sub" / "b.yaml") == {"SEED": 1}
-
-
-def test_keys_below_a_value_of_the_base_are_an_error(tmp_path):
-    (tmp_path / "a.yaml").write_text("MODEL: 1\n")
-    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nMODEL: {DEVICE: cpu}\n")
-    with pytest.raises(ConfigError, match=r"b\.yaml' has keys below 'MODEL', which is a value"):
-        read_config_file(tmp_path / "b.yaml")
 
 
 # Data sets and checkpoints
@@ -270,3 +210,41 @@ def test_processes_are_counted_over_machines_and_as_torchrun_says(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert process_count(args) == 6
+
+
+def test_a_method_is_laid_under_the_command_line(tmp_path):
+    path = tmp_path / "detector.yaml"
+    path.write_text("SOLVER: {MAX_ITER: 100, STEPS: [80, 90]}\nSTAGE2: {MAX_ITER: 50}\n")
+    opts = ["SOLVER.SCHEDULE_FACTOR", "0.1", "OUTPUT_DIR", "here"]
+    cfg = setup_cfg(argparse.Namespace(config_file=str(path), method="baseline_2x", opts=opts))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (20, (16, 18))
+    assert (cfg.SOLVER.SCHEDULE_FACTOR, cfg.OUTPUT_DIR) == (1.0, "here")
+    opts = ["SOLVER.MAX_ITER", "7"]
+    cfg = setup_cfg(argparse.Namespace(config_file=str(path), method="baseline_2x", opts=opts))
+    assert cfg.SOLVER.MAX_ITER == 7
+    with pytest.raises(
+        ConfigError, match=r"STAGE2\.\* has no effect on the command line; set MODEL"
+    ):
+        setup_cfg(argparse.Namespace(config_file=str(path), opts=["STAGE2.MAX_ITER", "5"]))
+
+
+def test_stage_2_without_its_stage_1_says_so(cfg_of):
+    opts = ("MODEL.WEIGHTS", "output/mine/model_final.pth")
+    with pytest.raises(MissingFileError, match="does not exist; correct the path"):
+        check_files(cfg_of(*opts))
+    cfg = cfg_of(*opts)
+    cfg.STAGE2.ENABLED = True
+    with pytest.raises(MissingFileError, match=r"train stage 1 first \(the baseline's config"):
+        check_files(cfg)
+    cfg.MODEL.WEIGHTS = "output/lvis_seesaw_R50/model_final.pth"
+    command = r"--config-file configs/lvis_baseline_R50\.yaml --method seesaw --num-gpus 8"
+    with pytest.raises(MissingFileError, match=command):
+        check_files(cfg)
+
+
+def test_repeat_factors_of_nothing_are_refused(cfg_of):
+    opts = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    check_files(cfg_of(*opts))
+    opts += ("DATALOADER.REPEAT_THRESHOLD", 0.0)
+    with pytest.raises(ConfigError, match=r"REPEAT_THRESHOLD is 0.*LVIS: 0\.001"):
+        check_files(cfg_of(*opts))

@@ -67,7 +67,7 @@ def test_the_tool_writes_a_checkpoint(tmp_path):
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps([9, 100, 99, *[500] * 37]))
     config = ["--config-file", str(ROOT / "configs" / "glyphs_baseline.yaml")]
-    config += ["MODEL.BAGS.CLASS_COUNTS_FILE", str(counts)]
+    config += ["MODEL.LONG_TAIL.CLASS_COUNTS_FILE", str(counts)]
     options = ["--tau", "0.5", "--max-count", "100", *config]
     subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True)
     before = torch.load(baseline, weights_only=True)["model"]

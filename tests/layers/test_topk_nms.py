@@ -377,7 +377,7 @@ def test_the_cascade_uses_it(tiny_cfg, make_batch, calls, average):
     options = [
         *("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads"),
         *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-        *("MODEL.BAGS.CASCADE_AVERAGE", average),
+        *("MODEL.LONG_TAIL.CASCADE_AVERAGE", average),
     ]
     torch.manual_seed(0)
     model = build_model(tiny_cfg(*options)).eval()

@@ -15,14 +15,27 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_config_of_the_source_tree_is_in_the_zoo():
     names = model_zoo.list_configs()
     assert "lvis_bags_R50.yaml" in names
-    assert "ablations/lvis_bags_beta0_R50.yaml" in names
-    assert not any("Base-" in name for name in names)
-    on_disk = {
-        p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")
+    files = {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
+    expected = {
+        p.as_posix()
+        for p in files
+        if "Base-" not in p.name and p.parent.name not in ("methods", "ablations")
     }
-    assert {n for n in on_disk if "Base-" not in n} == {n for n in names if n.endswith(".yaml")}
+    assert expected == {n for n in names if n.endswith(".yaml")}
     for name in names:
         assert Path(model_zoo.get_config_file(name)).samefile(ROOT / "configs" / name)
+
+
+def test_names_without_a_file_stand_for_a_baseline_with_a_method():
+    for name, predictor in (
+        ("lvis_seesaw_R50.yaml", "SeesawOutputLayers"),
+        ("ablations/lvis_bags_beta0_R50.yaml", "BAGSOutputLayers"),
+        ("lvis_v0.5_bags_R50.yaml", "BAGSOutputLayers"),
+    ):
+        assert model_zoo.get_config(name).MODEL.ROI_BOX_PREDICTOR.NAME == predictor
+        assert model_zoo.get_config_file(name).endswith(name)
+    moved = model_zoo.get_config_file("lvis_v0.5_baseline_R50.yaml")
+    assert Path(moved).samefile(ROOT / "configs" / "lvis_v0.5" / "lvis_v0.5_baseline_R50.yaml")
 
 
 def test_a_config_is_read_with_its_bases(monkeypatch, tmp_path):

@@ -167,7 +167,7 @@ def test_a_negative_ratio_is_refused(ratio):
 
 
 def test_missing_counts_are_an_error_of_use_and_not_of_construction(tiny_cfg):
-    predictor = BAGSOutputLayers(tiny_cfg("MODEL.BAGS.CLASS_COUNTS_FILE", "gone.json"), SHAPE)
+    predictor = BAGSOutputLayers(tiny_cfg("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "gone.json"), SHAPE)
     assert predictor.cls_score.out_features == 12
     proposals = _proposals([[0, 6]])
     predictions = predictor(_features(proposals))

@@ -100,7 +100,7 @@ def test_with_the_stock_classifier_the_heads_are_the_stock_heads(
     tiny_cfg, make_batch, detector, stock
 ):
     options = ["MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers", *DETECTORS[detector]]
-    options += ["MODEL.BAGS.CASCADE_AVERAGE", "probs"]
+    options += ["MODEL.LONG_TAIL.CASCADE_AVERAGE", "probs"]
     ours = _build(tiny_cfg(*options))
     theirs = _build(tiny_cfg(*options, "MODEL.ROI_HEADS.NAME", stock))
     assert type(theirs.roi_heads).__name__ == stock
@@ -155,7 +155,7 @@ def cascade_parts(tiny_cfg):
     """``cascade_parts(average)``: a cascade, features of one image and proposals on it."""
 
     def make(average, *options):
-        options = [*BAGS, *CASCADE, "MODEL.BAGS.CASCADE_AVERAGE", average, *options]
+        options = [*BAGS, *CASCADE, "MODEL.LONG_TAIL.CASCADE_AVERAGE", average, *options]
         nms = ["MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "TEST.DETECTIONS_PER_IMAGE", -1]
         model = _build(tiny_cfg(*options, *nms)).eval()
         _make_confident(model, std=3.0, box_std=1.0)
@@ -207,7 +207,7 @@ def test_cascade_keeps_images_apart(cascade_parts, average):
 
 
 def test_an_unknown_average_is_refused(tiny_cfg):
-    cfg = tiny_cfg(*BAGS, *CASCADE, "MODEL.BAGS.CASCADE_AVERAGE", "mean")
+    cfg = tiny_cfg(*BAGS, *CASCADE, "MODEL.LONG_TAIL.CASCADE_AVERAGE", "mean")
     with pytest.raises(ConfigError, match=r"CASCADE_AVERAGE must be .*'mean'"):
         build_model(cfg)
     with pytest.raises(ConfigError, match="CASCADE_AVERAGE"):
@@ -282,6 +282,6 @@ def test_heads_can_be_built_from_keywords_without_a_config(make_batch):
 
 
 def test_without_counts_a_model_is_built_and_inference_says_why_not(tiny_cfg, make_batch):
-    model = _build(tiny_cfg(*BAGS, "MODEL.BAGS.CLASS_COUNTS_FILE", "gone.json")).eval()
+    model = _build(tiny_cfg(*BAGS, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "gone.json")).eval()
     with pytest.raises(ConfigError, match=r"class groups are unknown.*gone\.json"), torch.no_grad():
         model(make_batch(1))

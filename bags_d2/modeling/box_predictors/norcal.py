@@ -17,7 +17,7 @@ class NorCalOutputLayers(CountedOutputLayers):
 
     It trains as a softmax, and its parameters have the names of Detectron2's, so that any softmax
     checkpoint can be evaluated with it. The paper counts training images; here
-    ``MODEL.BAGS.COUNT_BY`` decides.
+    ``MODEL.LONG_TAIL.COUNT_BY`` decides.
     """
 
     @configurable

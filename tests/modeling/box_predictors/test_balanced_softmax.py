@@ -110,7 +110,7 @@ def test_options_without_a_meaning_are_refused(tiny_cfg, tau):
 
 
 def test_missing_counts_stop_training_and_not_inference(tiny_cfg):
-    cfg = tiny_cfg(*NAME, "MODEL.BAGS.CLASS_COUNTS_FILE", "gone.json")
+    cfg = tiny_cfg(*NAME, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "gone.json")
     predictor = build_box_predictor(cfg, ShapeSpec(channels=FEATURES))
     logits = torch.zeros(2, 7)
     with pytest.raises(ConfigError, match=r"counts are unknown.*gone\.json"):

@@ -95,7 +95,7 @@ def test_federated_loss_counts_the_images_of_any_data_set(tiny_cfg, register, wr
         *("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers"),
         *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True),
         *("DATASETS.TRAIN", (register("federated", path),), "MODEL.ROI_HEADS.NUM_CLASSES", 3),
-        *("MODEL.BAGS.CLASS_COUNTS_FILE", "", "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES", 2),
+        *("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "", "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES", 2),
     )
     predictor = build_box_predictor(cfg, SHAPE)
     torch.testing.assert_close(predictor.fed_loss_cls_weights, torch.tensor([2.0, 1.0, 0.0]).sqrt())

@@ -85,7 +85,7 @@ def test_the_tail_is_what_few_training_images_show(tiny_cfg, write_lvis, registe
     )
     options = (
         *("DATASETS.TRAIN", (register("eql_images", path),)),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", 4, "MODEL.BAGS.CLASS_COUNTS_FILE", ""),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 4, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", ""),
     )
     for threshold, tail in ((0.5, [1, 3]), (0.51, [1, 2, 3]), (0.0, []), (1.0, [0, 1, 2, 3])):
         cfg = tiny_cfg(*NAME, *options, "MODEL.EQL.FREQUENCY_THRESHOLD", threshold)
@@ -95,7 +95,7 @@ def test_the_tail_is_what_few_training_images_show(tiny_cfg, write_lvis, registe
 
 
 def test_missing_annotations_are_an_error_of_training_alone(tiny_cfg):
-    cfg = tiny_cfg(*NAME, "MODEL.BAGS.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
+    cfg = tiny_cfg(*NAME, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
     predictor = build_box_predictor(cfg, ShapeSpec(channels=FEATURES))
     assert predictor.class_probs(random_logits(2, 6)).shape == (2, 7)
     with pytest.raises(ConfigError, match=r"cannot tell rare classes.*'absent'"):

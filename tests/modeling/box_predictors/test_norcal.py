@@ -53,7 +53,7 @@ def test_a_softmax_checkpoint_fits_and_brings_no_counts(tiny_cfg):
     assert predictor.gamma == 0.9
     missing, unexpected = predictor.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["counts.class_counts"], [])
-    cfg = tiny_cfg(*NAME, "MODEL.BAGS.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
+    cfg = tiny_cfg(*NAME, "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
     without_counts = build_box_predictor(cfg, shape)
     with pytest.raises(ConfigError, match=r"class counts are unknown.*'absent'"):
         without_counts.class_probs(random_logits(2, 7))

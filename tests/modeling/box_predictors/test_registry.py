@@ -239,7 +239,7 @@ def test_the_state_dict_makes_an_equal_predictor(build, cfg_of, name):
 @every
 def test_without_training_annotations_a_checkpoint_suffices(build, tiny_cfg, name):
     predictor = build(name)
-    absent = ("MODEL.BAGS.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
+    absent = ("MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "", "DATASETS.TRAIN", ("absent",))
     other = build_box_predictor(tiny_cfg("MODEL.ROI_BOX_PREDICTOR.NAME", name, *absent), SHAPE)
     other.load_state_dict(predictor.state_dict())
     predictions, proposals = predictor(_features(4)), make_proposals([0] * 4)

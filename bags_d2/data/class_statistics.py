@@ -1,0 +1,302 @@
+"""The one place of what is known of the classes: their names and their training counts.
+
+Everything is in contiguous class order, that of Detectron2's ``gt_classes``. What is counted is
+what is trained on: crowds, ignored regions and boxes that enclose nothing are left out.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import long_tail
+from ..errors import BagsError, ConfigError, DataError, MissingFileError
+from ..utils.files import load_json
+from .annotations import AnnotationSet, read_annotations
+from .datasets import class_names, dataset_annotations
+
+__all__ = [
+    "ClassStatistics",
+    "count_annotation_file",
+    "count_classes",
+    "read_class_counts",
+    "training_class_counts",
+    "training_class_names",
+    "training_image_count",
+]
+
+logger = logging.getLogger(__name__)
+
+COUNTABLE = ("instances", "images")
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Names and training counts of K classes, as checkpoints carry them to serve alone.
+
+    Attributes:
+        names: K names; None if unknown.
+        training_instances: K counts; None if unknown.
+    """
+
+    names: tuple[str, ...] | None = None
+    training_instances: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_training_set(
+        cls, cfg: CfgNode, tolerated: type[Exception] = FileNotFoundError
+    ) -> "ClassStatistics":
+        """Those of ``DATASETS.TRAIN``, unknown where reading them raises what is ``tolerated``.
+
+        Raises:
+            ConfigError, DataError: if the files contradict each other or the config.
+        """
+
+        def attempt(read: Callable[[], Sequence | None]) -> tuple | None:
+            try:
+                return _tuple(read())
+            except tolerated as error:
+                logger.warning("Not everything is known of the training classes: %s", error)
+                return None
+
+        return cls(
+            names=attempt(lambda: training_class_names(cfg)),
+            training_instances=attempt(lambda: training_class_counts(cfg, "instances").tolist()),
+        )
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ClassStatistics":
+        """Those that a checkpoint's content carries; unknown ones if it carries none.
+
+        Raises:
+            DataError: if "classes" is of another form.
+        """
+        content = checkpoint.get("classes")
+        if content is None:
+            return cls()
+        try:
+            names, counts = content["names"], content["training_instances"]
+            valid = _is_list_of(names, str) and _is_list_of(counts, int)
+        except (TypeError, KeyError):
+            valid = False
+        if not valid:
+            raise DataError(
+                "The checkpoint's 'classes' must hold lists 'names' and 'training_instances' (or "
+                "null); publish it again with tools/publish_checkpoint.py."
+            )
+        return cls(_tuple(names), _tuple(counts))
+
+    def for_checkpoint(self) -> dict[str, Any]:
+        """What to put into a checkpoint: {"classes": ...}, or nothing if nothing is known."""
+        if self == ClassStatistics():
+            return {}
+        values = {name: value and list(value) for name, value in vars(self).items()}
+        return {"classes": values}
+
+    def or_else(self, cfg: CfgNode) -> "ClassStatistics":
+        """These, completed by those of the training set where these are unknown."""
+        if None not in (self.names, self.training_instances):
+            return self
+        others = ClassStatistics.from_training_set(cfg, tolerated=BagsError)
+        return ClassStatistics(
+            self.names or others.names, self.training_instances or others.training_instances
+        )
+
+    def require_order_of(self, trained_on: "ClassStatistics") -> None:
+        """Raise ConfigError if a training set has these classes in another order.
+
+        A checkpoint's weights for each class would then go to other classes.
+        """
+        if None in (self.names, trained_on.names) or self.names == trained_on.names:
+            return
+        if sorted(self.names) == sorted(trained_on.names):
+            raise ConfigError(
+                "The checkpoint (MODEL.WEIGHTS) has the training set's classes in another order, "
+                "so its weights would go to other classes; list the categories of DATASETS.TRAIN "
+                f"in the checkpoint's order, which begins with {list(self.names[:3])}."
+            )
+        logger.warning(
+            "The checkpoint was trained on other classes than those of DATASETS.TRAIN; what it has "
+            "learned for each class goes to the class of the same number."
+        )
+
+
+def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
+    """Counts (K,) that a config asks for: of its counts file, or else of its training sets.
+
+    Args:
+        cfg: config with the keys of ``add_bags_config``.
+        by: "instances" or "images"; None takes ``MODEL.LONG_TAIL.COUNT_BY``.
+
+    Raises:
+        MissingFileError: if the counts file or the annotations do not exist.
+        ConfigError, DataError: if classes disagree between training sets or with
+            ``MODEL.ROI_HEADS.NUM_CLASSES``, or a file is faulty.
+    """
+    by = by or long_tail(cfg).COUNT_BY
+    if by not in COUNTABLE:
+        raise ConfigError(f"MODEL.LONG_TAIL.COUNT_BY must be one of {COUNTABLE}, found '{by}'")
+    names, path = cfg.DATASETS.TRAIN, long_tail(cfg).CLASS_COUNTS_FILE
+    if path:
+        known = len(names) > 0 and names[0] in DatasetCatalog
+        counts = _read_counts(path, functools.partial(class_names, names[0]) if known else None)
+        source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
+    elif names:
+        require_same_classes(names)
+        counts = sum(count_classes(name, by) for name in names)
+        source = f"DATASETS.TRAIN {tuple(names)}"
+    else:
+        raise MissingFileError(
+            "No class counts: DATASETS.TRAIN and MODEL.LONG_TAIL.CLASS_COUNTS_FILE are both empty."
+        )
+    if len(counts) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise ConfigError(
+            f"{source} has {len(counts)} classes but MODEL.ROI_HEADS.NUM_CLASSES is "
+            f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; set it to {len(counts)}."
+        )
+    return counts
+
+
+def training_class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes of ``DATASETS.TRAIN``; None if that is empty.
+
+    Raises:
+        MissingFileError, DataError: if the annotations do not exist or are faulty.
+    """
+    return class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+
+
+def training_image_count(cfg: CfgNode) -> int:
+    """Images of ``DATASETS.TRAIN``, those without annotations included.
+
+    Raises:
+        MissingFileError, DataError: if there is no training set, or it cannot be read.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise MissingFileError("No training images: DATASETS.TRAIN is empty.")
+    annotations = {name: dataset_annotations(name) for name in cfg.DATASETS.TRAIN}
+    return sum(
+        len(DatasetCatalog.get(name) if found is None else found.images)
+        for name, found in annotations.items()
+    )
+
+
+def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
+    """Count the classes of a registered data set.
+
+    Uses the counts in its metadata if there are any (``class_instance_count``,
+    ``class_image_count``), else its annotation file, else the records of the user's own loader.
+
+    Args:
+        dataset_name: a name registered in ``DatasetCatalog``.
+        by: "instances" or "images" (images with at least one instance of the class).
+
+    Returns:
+        Long tensor (K,).
+
+    Raises:
+        MissingFileError, DataError: if it is not registered, cannot be read, or its classes have
+            no names.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
+    if known is not None:
+        counts = [row["image_count"] if isinstance(row, dict) else row for row in known]
+    elif (annotations := dataset_annotations(dataset_name)) is not None:
+        counts = _counts_of(annotations, by)
+    else:
+        counts = np.zeros(len(class_names(dataset_name)), dtype=np.int64)
+        for record in DatasetCatalog.get(dataset_name):
+            ids = [a["category_id"] for a in record["annotations"] if not a.get("iscrowd")]
+            np.add.at(counts, ids if by == "instances" else list(set(ids)), 1)
+    return torch.as_tensor(counts)
+
+
+def count_annotation_file(path: str, by: str = "instances") -> tuple[torch.Tensor, list[str]]:
+    """Counts (K,) and K names of the classes of a file that need not be registered.
+
+    Raises:
+        MissingFileError, DataError: if it does not exist or is faulty.
+    """
+    annotations = read_annotations(path)
+    return torch.from_numpy(_counts_of(annotations, by)), list(annotations.names)
+
+
+def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> torch.Tensor:
+    """Read a counts file: a JSON list in class order, or {class name: count}.
+
+    Args:
+        path: the file.
+        class_names: K names in class order; needed for a file keyed by name.
+
+    Returns:
+        Long tensor (K,).
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if it is not such a JSON, or its classes are not those of the data set.
+    """
+    return _read_counts(path, None if class_names is None else lambda: class_names)
+
+
+def require_same_classes(names: Sequence[str]) -> None:
+    """Raise DataError unless training sets share their classes.
+
+    Args:
+        names: of registered data sets.
+    """
+    for name in names[1:]:
+        if class_names(name) != class_names(names[0]):
+            raise DataError(
+                f"The training sets '{names[0]}' and '{name}' have different classes; list only "
+                "data sets that share theirs in DATASETS.TRAIN."
+            )
+
+
+def _counts_of(annotations: AnnotationSet, by: str) -> np.ndarray:
+    return annotations.instance_counts() if by == "instances" else annotations.image_counts()
+
+
+def _read_counts(path: str, names_of_set: Callable[[], Sequence[str]] | None) -> torch.Tensor:
+    """A counts file; names, for which a data set may have to be loaded, only if it needs them."""
+    source = f"MODEL.LONG_TAIL.CLASS_COUNTS_FILE '{path}'"
+    try:
+        content = load_json(path)
+    except MissingFileError:
+        raise MissingFileError(
+            f"{source} does not exist; correct the path or set it to ''."
+        ) from None
+    if isinstance(content, dict):
+        if names_of_set is None:
+            raise DataError(
+                f"{source} is keyed by name, but the class names are unknown; register the data "
+                "set of DATASETS.TRAIN, or use a list in class order."
+            )
+        names = names_of_set()
+        if set(content) != set(names):
+            odd = sorted(set(content) ^ set(names))[:5]
+            raise DataError(f"{source} and the data set disagree on the classes {odd}.")
+        content = [content[name] for name in names]
+    valid = isinstance(content, list) and all(type(n) is int and n >= 0 for n in content)
+    if not valid or not content:
+        raise DataError(
+            f"{source} must hold a JSON list of whole numbers of 0 or more, one for each class, "
+            "or an object {class name: count}."
+        )
+    return torch.tensor(content)
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    return values is None or (
+        isinstance(values, list | tuple) and all(type(v) is kind for v in values)
+    )
+
+
+def _tuple(values: Sequence | None) -> tuple | None:
+    return None if values is None else tuple(values)
