@@ -1,4 +1,4 @@
-"""What a checkpoint's classifier looks like from outside."""
+"""What a checkpoint's classifier looks like from outside. Shapes: K classes."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +16,8 @@ _PREDICTOR = "roi_heads.box_predictor."
 _WEIGHT = "cls_score.weight"
 
 
-def class_weight_norms(
-    state_dict: Mapping[str, torch.Tensor], num_classes: int | None = None
-) -> torch.Tensor:
-    """L2 norm of each foreground class's weight vector (the paper's Figure 1).
+def class_weight_norms(state_dict: Mapping[str, torch.Tensor], num_classes: int) -> torch.Tensor:
+    """L2 norm (K,) of each foreground class's weight vector (the paper's Figure 1).
 
     Works on grouped classifiers, and on those whose first K rows are the classes: softmax (K + 1
     rows, background last), sigmoid (K) and Seesaw (K + 2). Learned scales (LWS) count. For a
@@ -27,11 +25,7 @@ def class_weight_norms(
 
     Args:
         state_dict: the "model" entry of a checkpoint.
-        num_classes: K; None infers it from the rest of the box predictor, or takes the classifier
-            for a softmax.
-
-    Returns:
-        Tensor (K,).
+        num_classes: K.
 
     Raises:
         DataError: if there is no box classifier in it, or it has another number of classes.
@@ -85,7 +79,7 @@ def _as_data_error() -> Iterator[None]:
 
 
 def _stage_norms(
-    state_dict: Mapping[str, torch.Tensor], prefix: str, num_classes: int | None
+    state_dict: Mapping[str, torch.Tensor], prefix: str, num_classes: int
 ) -> torch.Tensor:
     def tensor(key: str) -> torch.Tensor:
         return torch.as_tensor(state_dict[prefix + key])
@@ -97,24 +91,13 @@ def _stage_norms(
         keys = ("class_to_group", "class_counts", "thresholds")
         *buffers, thresholds = (tensor(f"groups.{key}") for key in keys)
         norms = norms[ClassGroups(*buffers, thresholds.tolist()).class_to_column]
-        if num_classes not in (None, len(norms)):
+        if len(norms) != num_classes:
             raise DataError(
                 f"'{prefix}{_WEIGHT}' is of {len(norms)} classes, but {num_classes} were expected."
             )
-        return norms
-    num_classes = num_classes or _num_classes(state_dict, prefix, len(norms))
-    if not num_classes <= len(norms) <= num_classes + 2:
+    elif not num_classes <= len(norms) <= num_classes + 2:
         raise DataError(
             f"'{prefix}{_WEIGHT}' has {len(norms)} rows, which is no classifier of {num_classes} "
             "classes."
         )
     return norms[:num_classes]
-
-
-def _num_classes(state_dict: Mapping[str, torch.Tensor], prefix: str, num_rows: int) -> int:
-    for key in ("counts.class_counts", "num_samples"):
-        if prefix + key in state_dict:
-            return len(state_dict[prefix + key])
-    # Class-specific boxes have four outputs a class, class-agnostic ones four in all.
-    box_rows = len(state_dict.get(prefix + "bbox_pred.weight", ()))
-    return box_rows // 4 if box_rows > 4 else num_rows - 1

@@ -9,20 +9,16 @@ from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically, write_csv, write_json
-from .method_runs import BASELINE, Run
+from .method_runs import BASELINE, MethodRun
 from .plots import plot_methods
 
-__all__ = ["MEASURES", "summarize", "write_report"]
+__all__ = ["MEASURES", "summarize", "write_comparison"]
 
 MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
 
 
-def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
+def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
     """Mean and standard deviation of each measure over the seeds of each method.
-
-    Args:
-        runs: complete runs, in any order.
-        task: "bbox" or "segm".
 
     Returns:
         For each method, best bAP first: its name, what was trained, its seeds, seconds (mean) and
@@ -31,9 +27,9 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
         seed start from the same detector, so it varies less than they do.
 
     Raises:
-        ConfigError: if a run was not evaluated for the task.
+        ConfigError: if a run was not evaluated for the task ("bbox" or "segm").
     """
-    by_method: dict[str, list[tuple[Run, dict]]] = {}
+    by_method: dict[str, list[tuple[MethodRun, dict]]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append((run, _measures(run, task)))
     baseline = {run.seed: measures["bAP"] for run, measures in by_method.get(BASELINE, ())}
@@ -56,17 +52,13 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
     return sorted(rows, key=lambda row: -(row["bAP"]["mean"] or row["AP"]["mean"] or -math.inf))
 
 
-def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbox") -> str:
+def write_comparison(
+    runs: Sequence[MethodRun], output: Path, title: str, task: str = "bbox"
+) -> str:
     """Write ``comparison.md``, ``.csv`` (a line for each run), ``.json`` and ``.png``.
 
-    Args:
-        runs: complete runs.
-        output: folder to write to.
-        title: what was compared on what, for the heading.
-        task: "bbox" or "segm".
-
     Returns:
-        The table as Markdown.
+        The table as Markdown, under its title.
     """
     rows = summarize(runs, task)
     table = tabulate(
@@ -102,7 +94,7 @@ def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbo
     return text
 
 
-def _measures(run: Run, task: str) -> dict[str, float | None]:
+def _measures(run: MethodRun, task: str) -> dict[str, float | None]:
     results = run.results()
     measures = results.get(task)
     if not isinstance(measures, dict):

@@ -124,7 +124,7 @@ def place_labels(
     """Find a place for the label of each box at which it covers no label placed before.
 
     Args:
-        boxes: (N, 4).
+        boxes: (N, 4), the most important ones first.
         sizes: (N, 2) width and height of each label.
         canvas: width and height of the picture.
 

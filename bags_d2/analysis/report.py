@@ -106,9 +106,6 @@ def all_weight_norms(runs: Sequence[EvaluatedRun]) -> dict[str, np.ndarray]:
     """Classifier weight norms (K,) by label of the run.
 
     Of the model that a run trained or, if it only evaluated, that of its ``MODEL.WEIGHTS``.
-
-    Raises:
-        MissingFileError, DataError: if there is none.
     """
     norms = {}
     for run in runs:
@@ -122,11 +119,7 @@ def all_weight_norms(runs: Sequence[EvaluatedRun]) -> dict[str, np.ndarray]:
 def all_winning_groups(
     runs: Sequence[EvaluatedRun], thresholds: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """What :func:`.detections.winning_groups` counts, by label of the run.
-
-    Raises:
-        ConfigError, DataError, MissingFileError: if ground truth or detections cannot be read.
-    """
+    """What :func:`.detections.winning_groups` counts, by label of the run."""
     images = read_ground_truth(runs[0]).values()
     objects = [annotation for image in images for annotation in image["annotations"]]
     return {r.label: winning_groups(objects, r.detections(), r.count_of, thresholds) for r in runs}
