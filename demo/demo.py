@@ -269,7 +269,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     for name in ("fvcore", "bags_d2"):
         setup_logger(name=name)
-    # What costs nothing to find out goes before the models.
+    # Cheap checks come before the models are loaded.
     if args.input:
         inputs = image_paths(args.input)
         outputs = output_paths(inputs, args.output) if args.output else [None] * len(inputs)

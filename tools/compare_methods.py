@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train, fit and evaluate what is missing of a comparison of methods; write its table and chart.
 
-Interrupted or extended (more methods, more seeds), the same command goes on where it stopped.
+Interrupted or extended (more methods, more seeds), the same command resumes where it stopped.
 """
 
 import argparse

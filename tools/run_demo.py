@@ -60,7 +60,7 @@ def run_demo(args: argparse.Namespace) -> None:
     weights = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
     seed = ("SEED", str(args.seed))
     if args.from_scratch:
-        # --resume: an interrupted training goes on where it stopped.
+        # --resume: an interrupted training is continued.
         folder = args.output / "glyphs_baseline"
         seconds["softmax_training"] = run("train_net.py", folder, "--resume", *seed)
         weights = folder / "model_final.pth"

@@ -51,9 +51,8 @@ def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
     plot_weight_norms(all_weight_norms(runs), counts, path, title=title)
     categories = load_json(MetadataCatalog.get(runs[0].dataset).json_file)["categories"]
     # The third word of "the character Б (U+0411)".
-    draw_comparison(
-        runs, {c["id"]: c["def"].split()[2] for c in categories}, output / "pictures.png"
-    )
+    characters = {category["id"]: category["def"].split()[2] for category in categories}
+    draw_comparison(runs, characters, output / "pictures.png")
     table = tabulate(
         [[name, *map(values.get, MEASURES)] for name, values in measures.items()],
         headers=["", *MEASURES],

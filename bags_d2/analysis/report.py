@@ -5,7 +5,6 @@ import math
 import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,11 +220,9 @@ def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list]) -> list[dict]
             *(_cell(run.ap[i], ".1f") for run in runs),
             *([_cell(last.ap[i] - first.ap[i], "+.1f")] if len(runs) > 1 else []),
         ]
-        name = printable(first.names[i]) or f"class {first.category_ids[i]}"
-        is_untrained = trained == 0
-        rows.append(
-            {"name": name, "cells": cells, "crops": crops.get(i), "untrained": is_untrained}
-        )
+        row = {"cells": cells, "crops": crops.get(i), "untrained": trained == 0}
+        row["name"] = printable(first.names[i]) or f"class {first.category_ids[i]}"
+        rows.append(row)
     return rows
 
 
@@ -254,8 +251,11 @@ def _crops(
     left = max_crops
     for i in _by_interest(runs):
         category = first.category_ids[i]
-        choose = partial(choose_crops, category, objects.get(category, ()))
-        of_runs = [choose(d.get(category, ()), images, _CROPS_PER_KIND) for d in detections]
+        own = objects.get(category, ())
+        of_runs = [
+            choose_crops(category, own, d.get(category, ()), images, _CROPS_PER_KIND)
+            for d in detections
+        ]
         left -= sum(map(len, of_runs))
         if left < 0:
             break

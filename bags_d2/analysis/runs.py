@@ -122,8 +122,7 @@ def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
 
     Raises:
         ConfigError: if the data set is not registered.
-        MissingFileError: if its annotation file does not exist.
-        DataError: if that cannot be read.
+        MissingFileError, DataError: if its annotation file does not exist or cannot be read.
     """
     if run.dataset not in DatasetCatalog:
         raise ConfigError(
@@ -131,8 +130,13 @@ def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
             "with the config of the run."
         )
     truth, metadata = dataset_annotations(run.dataset), MetadataCatalog.get(run.dataset)
-    if truth is None:  # a loader of the user's own; evaluation read this file
-        truth = read_annotations(require_file(metadata.get("json_file") or ""))
+    if truth is None:  # The loader is the user's own; evaluation read the file in the metadata.
+        if metadata.get("json_file") is None:
+            raise DataError(
+                f"Data set '{run.dataset}' has no json_file in its metadata; register it with its "
+                "annotation file."
+            )
+        truth = read_annotations(metadata.json_file)
     known, ids = set(run.category_ids), [_id(i) for i in truth.categories.outside]
     is_lvis, root = metadata.get("evaluator_type") == "lvis", metadata.get("image_root") or ""
     boxes, classes, is_object = (a.tolist() for a in (truth.boxes, truth.classes, truth.is_object))

@@ -12,6 +12,7 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
@@ -192,6 +193,18 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     plot_class_ap_change([3], [1.0], [2.0], ("a", "b"), tmp_path / "one_bin.png", ())
     plot_winning_groups({"a": np.zeros((4, 6), int)}, THRESHOLDS, tmp_path / "zeros.png")
+
+
+def test_the_ground_truth_of_a_loader_of_ones_own(make_run):
+    run = read_run(make_run("one", [1.0, 2.0, 3.0, 4.0]))
+    expected = read_ground_truth(run)
+    assert [len(image["annotations"]) for image in expected.values()] == [2, 3]
+    loader = DatasetCatalog.pop(run.dataset)
+    DatasetCatalog.register(run.dataset, lambda: loader())
+    assert read_ground_truth(run) == expected
+    MetadataCatalog.pop(run.dataset)
+    with pytest.raises(DataError, match="no json_file"):
+        read_ground_truth(run)
 
 
 def _tool(*arguments):
