@@ -43,16 +43,13 @@ def choose_crops(
 ) -> list[Crop]:
     """The best right and wrong detections of a class, and objects of it that were missed.
 
-    Where a data set says for which images a class was annotated (LVIS), nothing is called wrong on
+    Where a data set says in which images a class was annotated (LVIS), nothing is called wrong in
     others, nor where not all of its instances are annotated. An object is missed if no right
     detection of it scores ``min_score``.
 
     Args:
-        category_id: the class.
-        objects: its objects.
-        detections: its detections.
+        objects, detections: those of the class.
         images: all images by id, as of :func:`.runs.read_ground_truth`.
-        per_kind: most crops of each kind.
     """
     best = sorted(detections, key=lambda d: -d["score"])[:_CONSIDERED]
     of_image, truth = group_by(best, "image_id"), group_by(objects, "image_id")

@@ -72,11 +72,7 @@ def draw_comparison(
 ) -> None:
     """Draw the images with the most objects of rare classes: the truth, then each run's detections.
 
-    Args:
-        runs: evaluated on the same images.
-        class_labels: what to write on a box, by category id.
-        path: the picture to write.
-        rows: number of images.
+    ``class_labels``, by category id, are what to write on boxes; each of ``rows`` is one image.
     """
     rare = {category for category, count in runs[0].count_of.items() if count < _RARE}
     truth = read_ground_truth(runs[0])

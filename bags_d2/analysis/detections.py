@@ -33,16 +33,10 @@ def corners(rows: Sequence[Mapping]) -> np.ndarray:
 def label_detections(
     detections: Sequence[Mapping], objects: Sequence[Mapping], iou_threshold: float = 0.5
 ) -> np.ndarray:
-    """Which detections of an image are right.
+    """Which of N detections of an image are right, a bool array (N,).
 
-    Each takes the free object of its class that fits it best.
-
-    Args:
-        detections: N rows, in descending order of score.
-        objects: M rows.
-
-    Returns:
-        Bool array (N,).
+    In the given order, that of descending scores, each takes the free object of its class that
+    fits it best.
     """
     right = np.zeros(len(detections), dtype=bool)
     overlaps = _ious(detections, objects)
@@ -68,8 +62,6 @@ def winning_groups(
     score wins (the first of equals), whatever its class.
 
     Args:
-        objects: rows of the ground truth.
-        detections: rows of a run.
         training_instances: training count by category id.
         thresholds: edges of the G groups.
 

@@ -17,7 +17,7 @@ from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, bin_index
 from ..utils.files import write_atomically
 from ..utils.text import printable
 from .grouping import bin_names
-from .palette import BETTER, WORSE, bin_color, run_color
+from .palette import RIGHT, WRONG, bin_color, run_color
 
 __all__ = [
     "plot_ap_bins",
@@ -134,7 +134,7 @@ def plot_class_ap_change(
     first, second = map(_label, labels)
     title = f"AP of each class: {first} to {second}"
     with _chart(path, title, ylabel=f"change of AP, {first} to {second} (points)") as axes:
-        for sign, color, what in ((1, BETTER, "better"), (-1, WORSE, "worse")):
+        for sign, color, what in ((1, RIGHT, "better"), (-1, WRONG, "worse")):
             x, y = (values[np.sign(change) == sign] for values in (position, change))
             axes.vlines(x, 0, y, color=color, linewidth=1, alpha=0.5)
             label = f"{what} with {second} ({len(x)} classes)"

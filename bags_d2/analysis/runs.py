@@ -162,10 +162,8 @@ def read_run(
     """Read what evaluation has left in an OUTPUT_DIR.
 
     Args:
-        folder: the OUTPUT_DIR.
         label: what to call it; None takes the folder's name.
         dataset: which of several evaluated data sets; None if there is one.
-        task: "bbox" or "segm".
 
     Raises:
         MissingFileError: if there is no evaluation in it.
