@@ -1,5 +1,8 @@
 """Classifiers of the RoI heads, one file each."""
 
+import importlib
+import pkgutil
+
 from .bags import BAGSOutputLayers
 from .bags_ablations import (
     BAGSWithoutBackgroundGroupOutputLayers,
@@ -40,3 +43,7 @@ __all__ = [
     "SeesawOutputLayers",
     "build_box_predictor",
 ]
+
+# A new method is its file: importing it registers what is in it.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
