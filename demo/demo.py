@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
-from bags_d2.analysis.drawing import best_instances, draw_instances, side_by_side
+from bags_d2.analysis.drawing import best_instances, draw_instances, grid
 from bags_d2.config import run_name
 from bags_d2.data.images import read_image
 from bags_d2.errors import exit_with_one_sentence
@@ -87,14 +87,13 @@ class Artist:
         for name, predictor in self.predictors.items():
             instances = predictor(image)["instances"].to("cpu")
             best = best_instances(instances, self.top, self.min_score)
-            name = name.encode(errors="replace").decode()  # of a file, so it may be no UTF-8
             title = f"{name}: {len(best)} of {len(instances)} detections"
             pictures.append(
                 draw_instances(
                     image[:, :, ::-1], best, predictor.class_names, predictor.class_counts, title
                 )
             )
-        return side_by_side(pictures)
+        return grid([pictures])
 
 
 def image_paths(patterns: list[str]) -> list[Path]:
@@ -270,7 +269,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     for name in ("fvcore", "bags_d2"):
         setup_logger(name=name)
-    # What costs nothing to find out goes before the models.
+    # Cheap checks come before the models are loaded.
     if args.input:
         inputs = image_paths(args.input)
         outputs = output_paths(inputs, args.output) if args.output else [None] * len(inputs)

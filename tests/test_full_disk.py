@@ -18,7 +18,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 
 from bags_d2 import BagsError, BAGSTrainer
-from bags_d2.analysis.comparison import write_report
+from bags_d2.analysis.comparison import write_comparison
 from bags_d2.analysis.method_runs import BASELINE, Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def test_files_of_a_comparison(tmp_path):
     for name in names:
         (tmp_path / name).write_text(BEFORE)
     with full_disk(), pytest.raises(BagsError, match=r"comparison\.md' could not be written"):
-        write_report([run], tmp_path, "Title")
+        write_comparison([run], tmp_path, "Title")
     assert {(tmp_path / name).read_text() for name in names} == {BEFORE}
     (run.folder / "settings.json").write_text("{}")
     comparison = Comparison(GLYPHS, tmp_path / "compare")

@@ -53,7 +53,7 @@ def read_checkpoints(arguments: list[str]) -> dict[str, dict]:
 
 
 def class_counts(args, checkpoints: dict[str, dict]) -> tuple[list[int], list[str] | None]:
-    """Training counts, and names where known: as given, else as a checkpoint remembers them."""
+    """Training counts, and names where known: as given, else those stored in a checkpoint."""
     names = next(
         (r.names for c in checkpoints.values() if (r := ClassRecord.of_checkpoint(c))), None
     )
@@ -67,7 +67,7 @@ def class_counts(args, checkpoints: dict[str, dict]) -> tuple[list[int], list[st
         if counts is not None:
             return counts, names
     raise ConfigError(
-        "No checkpoint tells its training counts; add --config-file (its training set is counted) "
+        "No checkpoint has training counts; add --config-file (its training set is counted) "
         "or --counts."
     )
 

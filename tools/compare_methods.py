@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train, fit and evaluate what is missing of a comparison of methods; write its table and chart.
 
-Interrupted or extended (more methods, more seeds), the same command goes on where it stopped.
+Interrupted or extended (more methods, more seeds), the same command resumes where it stopped.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bags_d2 import ConfigError
-from bags_d2.analysis.comparison import write_report
+from bags_d2.analysis.comparison import write_comparison
 from bags_d2.analysis.method_runs import BASELINE, Comparison
 from bags_d2.config import list_methods
 from bags_d2.errors import exit_with_one_sentence
@@ -56,7 +56,7 @@ def main() -> None:
         if not complete:
             raise ConfigError(f"No run in '{args.output}' is complete yet.")
         title = f"Methods on {args.config_file.stem.replace(BASELINE, '').strip('_')}"
-        print(f"\n{write_report(complete, args.output, title, args.task)}\nin {args.output}")
+        print(f"\n{write_comparison(complete, args.output, title, args.task)}\nin {args.output}")
 
 
 def chosen_methods(comparison: Comparison, names: str | None) -> list[str]:

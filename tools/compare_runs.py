@@ -9,15 +9,10 @@ import numpy as np
 from tabulate import tabulate
 
 from bags_d2 import ConfigError
-from bags_d2.analysis.detections import winning_groups
 from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
-from bags_d2.analysis.runs import (
-    EvaluatedRun,
-    configured_thresholds,
-    read_ground_truth,
-    read_runs,
-)
+from bags_d2.analysis.report import all_winning_groups
+from bags_d2.analysis.runs import EvaluatedRun, configured_thresholds, read_runs
 from bags_d2.errors import exit_with_one_sentence
 from bags_d2.utils.files import write_csv
 from bags_d2.utils.text import printable
@@ -61,15 +56,12 @@ def main() -> None:
     first, second = runs
     if not first.is_counted:
         raise ConfigError(
-            f"'{first.folder}' knows no training counts; evaluate again where the training "
+            f"'{first.folder}' has no training counts; evaluate again where the training "
             "annotations are, or from a checkpoint that remembers them."
         )
     counts, out = first.training_instances, args.output
     thresholds = configured_thresholds(runs) if args.thresholds is None else args.thresholds
-    truth = [a for image in read_ground_truth(first).values() for a in image["annotations"]]
-    matrices = {
-        run.label: winning_groups(truth, run.detections(), run.count_of, thresholds) for run in runs
-    }
+    matrices = all_winning_groups(runs, thresholds)
     # A name may have letters that the terminal lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
     print(describe(first, second))

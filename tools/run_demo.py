@@ -60,7 +60,7 @@ def run_demo(args: argparse.Namespace) -> None:
     weights = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
     seed = ("SEED", str(args.seed))
     if args.from_scratch:
-        # --resume: an interrupted training goes on where it stopped.
+        # --resume: an interrupted training is continued.
         folder = args.output / "glyphs_baseline"
         seconds["softmax_training"] = run("train_net.py", folder, "--resume", *seed)
         weights = folder / "model_final.pth"
@@ -75,7 +75,7 @@ def run_demo(args: argparse.Namespace) -> None:
         fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
         seconds[name] = run("tools/fit_classifier.py", folder, *method, *cache, *seed, *detector)
         seconds[name] += run("train_net.py", folder, *method, "--eval-only", *fitted)
-    print(f"\n{report_demo(args.output, weights, seconds)}")
+    print(f"\n{report_demo(args.output, seconds)}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def read_keys(source: str) -> list[tuple[str, str, list[str]]]:
                 comment, keys = [], []
             comment.append(line.removeprefix("#").strip())
         elif assignment and assignment[2] != "CfgNode()":
-            ast.literal_eval(assignment[2])  # anything else could not be told in a table
+            ast.literal_eval(assignment[2])  # a table could not show anything else
             keys.append((assignment[1], assignment[2]))
     return [*blocks, (" ".join(comment), keys)]
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's classifier looks like from outside."""
+"""What a checkpoint's classifier looks like from outside. Shapes: K classes."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,22 +16,16 @@ _PREDICTOR = "roi_heads.box_predictor."
 _WEIGHT = "cls_score.weight"
 
 
-def class_weight_norms(
-    state_dict: Mapping[str, torch.Tensor], num_classes: int | None = None
-) -> torch.Tensor:
-    """L2 norm of each foreground class's weight vector (the paper's Figure 1).
+def class_weight_norms(state_dict: Mapping[str, torch.Tensor], num_classes: int) -> torch.Tensor:
+    """L2 norm (K,) of each foreground class's weight vector (the paper's Figure 1).
 
     Works on grouped classifiers, and on those whose first K rows are the classes: softmax (K + 1
-    rows, background last), sigmoid (K) and Seesaw (K + 2). Learned scales (LWS) count. Of a
+    rows, background last), sigmoid (K) and Seesaw (K + 2). Learned scales (LWS) count. For a
     cascade, the mean over its stages.
 
     Args:
         state_dict: the "model" entry of a checkpoint.
-        num_classes: K; None reads it off the rest of the box predictor, or takes the classifier
-            for a softmax.
-
-    Returns:
-        Tensor (K,).
+        num_classes: K.
 
     Raises:
         DataError: if there is no box classifier in it, or it has another number of classes.
@@ -45,7 +39,7 @@ def class_weight_norms(
 
 
 def remembered_counts(checkpoint: Mapping) -> list[int] | None:
-    """Training counts of the classes that a checkpoint (its whole content) carries, if any."""
+    """The training counts (K) that a checkpoint (its whole content) carries, if any."""
     with _as_data_error():
         counts = (checkpoint.get("classes") or {}).get("training_instances")
         if counts is None:
@@ -60,8 +54,11 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
     NaN if all of x or all of y are equal.
     """
-    ranks = np.array([_mean_ranks(x), _mean_ranks(y)])
-    if (ranks.std(axis=1) == 0).any():
+    ranks = []
+    for values in (x, y):
+        _, inverse, sizes = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        ranks.append((sizes.cumsum() - (sizes - 1) / 2)[inverse])
+    if np.ptp(ranks, axis=1).min() == 0:
         return float("nan")
     return float(np.corrcoef(ranks)[0, 1])
 
@@ -72,56 +69,35 @@ def _is_of(key: Any, suffix: str) -> bool:
 
 @contextlib.contextmanager
 def _as_data_error() -> Iterator[None]:
-    """Whatever reading tensors of unknown shapes and types raises is a faulty checkpoint."""
+    """Whatever reading tensors of unknown shapes and types raises means a damaged checkpoint."""
     try:
         yield
+    except BagsError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, BagsError):
-            raise
         raise DataError(f"The checkpoint's box classifier is damaged ({error!r:.200}).") from None
 
 
 def _stage_norms(
-    state_dict: Mapping[str, torch.Tensor], prefix: str, num_classes: int | None
+    state_dict: Mapping[str, torch.Tensor], prefix: str, num_classes: int
 ) -> torch.Tensor:
-    weight = torch.as_tensor(state_dict[prefix + _WEIGHT]).float()
-    norms = weight.norm(dim=1)
+    def tensor(key: str) -> torch.Tensor:
+        return torch.as_tensor(state_dict[prefix + key])
+
+    norms = tensor(_WEIGHT).float().norm(dim=1)
     if prefix + "scale" in state_dict:
-        norms = norms * torch.as_tensor(state_dict[prefix + "scale"]).float().abs()
+        norms = norms * tensor("scale").float().abs()
     if prefix + "groups.class_to_group" in state_dict:
-        groups = ClassGroups(
-            *(
-                torch.as_tensor(state_dict[f"{prefix}groups.{key}"])
-                for key in ("class_to_group", "class_counts")
-            ),
-            torch.as_tensor(state_dict[prefix + "groups.thresholds"]).tolist(),
-        )
-        found, norms = groups.num_classes, norms[groups.class_to_column]
-    else:
-        found = num_classes or _num_classes(state_dict, prefix, len(weight))
-        if not found <= len(weight) <= found + 2:
+        keys = ("class_to_group", "class_counts", "thresholds")
+        *buffers, thresholds = (tensor(f"groups.{key}") for key in keys)
+        norms = norms[ClassGroups(*buffers, thresholds.tolist()).class_to_column]
+        if len(norms) != num_classes:
             raise DataError(
-                f"'{prefix}{_WEIGHT}' has {len(weight)} rows, which is no classifier of {found} "
-                "classes."
+                f"'{prefix}{_WEIGHT}' is of {len(norms)} classes, but {num_classes} were expected."
             )
-        norms = norms[:found]
-    if num_classes is not None and found != num_classes:
+    elif not num_classes <= len(norms) <= num_classes + 2:
         raise DataError(
-            f"'{prefix}{_WEIGHT}' is of {found} classes, but {num_classes} were expected."
+            f"'{prefix}{_WEIGHT}' has {len(norms)} rows, which is no classifier of {num_classes} "
+            "classes."
         )
-    return norms
-
-
-def _num_classes(state_dict: Mapping[str, torch.Tensor], prefix: str, num_rows: int) -> int:
-    for key in ("counts.class_counts", "num_samples"):
-        if prefix + key in state_dict:
-            return len(state_dict[prefix + key])
-    # Class-specific boxes have four outputs a class, class-agnostic ones four in all.
-    box_rows = len(state_dict.get(prefix + "bbox_pred.weight", ()))
-    return box_rows // 4 if box_rows > 4 else num_rows - 1
-
-
-def _mean_ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[inverse]
+    return norms[:num_classes]

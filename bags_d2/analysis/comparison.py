@@ -1,6 +1,5 @@
 """The table and the chart of a comparison of methods, from the files that its runs wrote."""
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,21 +8,17 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
-from ..utils.files import write_atomically, write_json
-from .method_runs import BASELINE, Run
+from ..utils.files import write_atomically, write_csv, write_json
+from .method_runs import BASELINE, MethodRun
 from .plots import plot_methods
 
-__all__ = ["MEASURES", "summarize", "write_report"]
+__all__ = ["MEASURES", "summarize", "write_comparison"]
 
 MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
 
 
-def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
+def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
     """Mean and standard deviation of each measure over the seeds of each method.
-
-    Args:
-        runs: complete runs, in any order.
-        task: "bbox" or "segm".
 
     Returns:
         For each method, best bAP first: its name, what was trained, its seeds, seconds (mean) and
@@ -32,57 +27,44 @@ def summarize(runs: Iterable[Run], task: str = "bbox") -> list[dict]:
         seed start from the same detector, so it varies less than they do.
 
     Raises:
-        ConfigError: if a run was not evaluated for the task.
+        ConfigError: if a run was not evaluated for the task ("bbox" or "segm").
     """
-    by_method: dict[str, list[Run]] = {}
+    by_method: dict[str, list[tuple[MethodRun, dict]]] = {}
     for run in runs:
-        by_method.setdefault(run.method, []).append(run)
-    metrics_of = {
-        method: {run.seed: _measures(run, task) for run in of_method}
-        for method, of_method in by_method.items()
-    }
-    baseline = metrics_of.get(BASELINE, {})
+        by_method.setdefault(run.method, []).append((run, _measures(run, task)))
+    baseline = {run.seed: measures["bAP"] for run, measures in by_method.get(BASELINE, ())}
     rows = []
-    for method, of_method in by_method.items():
-        metrics = list(metrics_of[method].values())
-        seconds = [run.seconds for run in of_method if run.seconds is not None]
+    for method, results in by_method.items():
+        of_method, measures = zip(*results, strict=True)
+        pairs = [(found["bAP"], baseline.get(run.seed)) for run, found in results]
         rows.append(
             {
                 "method": method,
                 "trained": of_method[0].trained,
                 "seeds": sorted(run.seed for run in of_method),
-                "seconds": statistics.mean(seconds) if seconds else None,
-                **{name: _mean_and_std([m.get(name) for m in metrics]) for name in MEASURES},
+                "seconds": _mean_and_std(run.seconds for run in of_method)["mean"],
+                **{name: _mean_and_std(found[name] for found in measures) for name in MEASURES},
                 "gain": _mean_and_std(
-                    [
-                        _difference(m.get("bAP"), baseline.get(seed, {}).get("bAP"))
-                        for seed, m in metrics_of[method].items()
-                    ]
+                    own - other for own, other in pairs if None not in (own, other)
                 ),
             }
         )
     return sorted(rows, key=lambda row: -(row["bAP"]["mean"] or row["AP"]["mean"] or -math.inf))
 
 
-def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbox") -> str:
+def write_comparison(
+    runs: Sequence[MethodRun], output: Path, title: str, task: str = "bbox"
+) -> str:
     """Write ``comparison.md``, ``.csv`` (a line for each run), ``.json`` and ``.png``.
 
-    Args:
-        runs: complete runs.
-        output: folder to write to.
-        title: what was compared on what, for the heading.
-        task: "bbox" or "segm".
-
     Returns:
-        The table as Markdown.
+        The table as Markdown, under its title.
     """
     rows = summarize(runs, task)
     table = tabulate(
         [
             [
-                row["method"],
-                row["trained"],
-                len(row["seeds"]),
+                *(row["method"], row["trained"], len(row["seeds"])),
                 *(_cell(row[name]) for name in (*MEASURES, "gain")),
                 "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
             ]
@@ -92,28 +74,27 @@ def write_report(runs: Sequence[Run], output: Path, title: str, task: str = "bbo
         tablefmt="github",
         disable_numparse=True,
     )
-    kind = {"bbox": "box", "segm": "mask"}[task]
     note = (
-        f"Measured {kind} AP in %, mean ± standard deviation over seeds. AP1..AP4: classes by "
-        "training instances (0-9, 10-99, 100-999, 1000+); bAP: their mean; gain: of bAP over the "
-        "baseline of the same seed. Minutes: training or fitting, without evaluation and, where it "
-        "starts from the baseline, without that."
+        f"Measured {'mask' if task == 'segm' else 'box'} AP in %, mean ± standard deviation over "
+        "seeds. AP1..AP4: classes by training instances (0-9, 10-99, 100-999, 1000+); bAP: their "
+        "mean; gain: of bAP over the baseline of the same seed. Minutes: training or fitting, "
+        "without evaluation and, where it starts from the baseline, without that."
     )
     text = f"# {title}\n\n{table}\n\n{note}\n"
     with write_atomically(output / "comparison.md") as file:
         file.write(text)
     write_json(output / "comparison.json", rows)
-    with write_atomically(output / "comparison.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(("method", "trained", "seed", *MEASURES, "seconds"))
-        for run in sorted(runs, key=lambda r: (r.method, r.seed)):
-            values = map(_measures(run, task).get, MEASURES)
-            writer.writerow((run.method, run.trained, run.seed, *values, run.seconds))
-    plot_methods(rows, output / "comparison.png", title, f"{kind} AP (%)")
+    header = ("method", "trained", "seed", *MEASURES, "seconds")
+    lines = (
+        (run.method, run.trained, run.seed, *_measures(run, task).values(), run.seconds)
+        for run in sorted(runs, key=lambda run: (run.method, run.seed))
+    )
+    write_csv(output / "comparison.csv", header, lines)
+    plot_methods(rows, output / "comparison.png", title, task)
     return text
 
 
-def _measures(run: Run, task: str) -> dict[str, float | None]:
+def _measures(run: MethodRun, task: str) -> dict[str, float | None]:
     results = run.results()
     measures = results.get(task)
     if not isinstance(measures, dict):
@@ -121,21 +102,18 @@ def _measures(run: Run, task: str) -> dict[str, float | None]:
             f"'{run.results_file}' has no measures of --task {task}, only {', '.join(results)}; "
             "set MODEL.MASK_ON for masks, and one data set in DATASETS.TEST."
         )
-    if not all(isinstance(measures.get(name), int | float | None) for name in MEASURES):
+    measures = {name: measures.get(name) for name in MEASURES}
+    if not all(isinstance(value, int | float | None) for value in measures.values()):
         raise DataError(f"'{run.results_file}' must hold numbers; delete it, and compare again.")
     return measures
 
 
-def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
-    known = [v for v in values if v is not None]
+def _mean_and_std(values: Iterable[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
     return {
         "mean": statistics.mean(known) if known else None,
         "std": statistics.stdev(known) if len(known) > 1 else None,
     }
-
-
-def _difference(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
 
 
 def _cell(value: dict[str, float | None]) -> str:

@@ -1,21 +1,20 @@
-"""Small pictures of what a run found, took for something else, and missed, class by class."""
+"""Small pictures of what a run found, mistook and missed, class by class."""
 
 import base64
+import io
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from ..utils.files import require_file
-from .detections import group_by, label_detections
+from ..data.images import read_image
+from ..errors import BagsError
+from .detections import corners, group_by, label_detections
 
 __all__ = ["Crop", "choose_crops", "cut_crops"]
 
-# Of a class's detections: the best of these are looked through.
-_CONSIDERED = 500
+_CONSIDERED = 500  # the best detections of a class
 _SIDE = 112  # pixels
 _CONTEXT = 0.35  # of the box's longer side, on each side
 
@@ -31,13 +30,12 @@ class Crop:
 
     @property
     def text(self) -> str:
-        """What to write below it."""
         return self.kind if self.score is None else f"{self.kind}, score {self.score:.2f}"
 
 
 def choose_crops(
     category_id: Hashable,
-    truth: Mapping[Hashable, Sequence[Mapping]],
+    objects: Sequence[Mapping],
     detections: Sequence[Mapping],
     images: Mapping[Hashable, Mapping],
     per_kind: int,
@@ -45,89 +43,76 @@ def choose_crops(
 ) -> list[Crop]:
     """The best right and wrong detections of a class, and objects of it that were missed.
 
-    Where a data set says for which images a class was annotated (LVIS), nothing is called wrong on
+    Where a data set says in which images a class was annotated (LVIS), nothing is called wrong in
     others, nor where not all of its instances are annotated. An object is missed if no right
     detection of it scores ``min_score``.
 
     Args:
-        category_id: the class.
-        truth: its annotations by image id.
-        detections: its detections.
-        images: records of all images by id.
-        per_kind: most crops of each kind.
+        objects, detections: those of the class.
+        images: all images by id, as of :func:`.runs.read_ground_truth`.
     """
-    best = group_by(sorted(detections, key=lambda d: -d["score"])[:_CONSIDERED], "image_id")
-    right, wrong = [], []
-    for image_id, of_image in best.items():
-        objects = truth.get(image_id, ())
-        is_exhaustive = _is_exhaustive(images.get(image_id, {}), category_id, bool(objects))
-        for detection, is_right in zip(of_image, _match(of_image, objects), strict=True):
-            if is_right:
-                right.append(detection)
-            elif is_exhaustive:
-                wrong.append(detection)
-    missed = []
-    for image_id, objects in truth.items():
-        confident = [d for d in best.get(image_id, ()) if d["score"] >= min_score]
+    best = sorted(detections, key=lambda d: -d["score"])[:_CONSIDERED]
+    of_image, truth = group_by(best, "image_id"), group_by(objects, "image_id")
+    found, missed = {"right": [], "wrong": []}, []
+    for image_id, rows in of_image.items():
+        of_class = truth.get(image_id, ())
+        is_exhaustive = _is_exhaustive(images.get(image_id, {}), category_id, bool(of_class))
+        for row, is_right in zip(rows, label_detections(rows, of_class), strict=True):
+            if is_right or is_exhaustive:
+                found["right" if is_right else "wrong"].append(row)
+    for image_id, rows in truth.items():
+        confident = [d for d in of_image.get(image_id, ()) if d["score"] >= min_score]
         # Objects take detections here as detections take objects above: one each.
-        found = _match(objects, confident)
-        missed += [a for a, is_found in zip(objects, found, strict=True) if not is_found]
-    crops = [
-        Crop(kind, d["image_id"], tuple(d["bbox"]), d["score"])
-        for kind, of_kind in (("right", right), ("wrong", wrong))
-        for d in sorted(of_kind, key=lambda d: -d["score"])[:per_kind]
+        is_found = label_detections(rows, confident)
+        missed += [row for row, hit in zip(rows, is_found, strict=True) if not hit]
+    return [
+        *(
+            Crop(kind, d["image_id"], tuple(d["bbox"]), d["score"])
+            for kind, rows in found.items()
+            for d in sorted(rows, key=lambda d: -d["score"])[:per_kind]
+        ),
+        *(Crop("missed", a["image_id"], tuple(a["bbox"])) for a in missed[:per_kind]),
     ]
-    return crops + [Crop("missed", a["image_id"], tuple(a["bbox"])) for a in missed[:per_kind]]
 
 
-def cut_crops(crops: Iterable[Crop], files: Mapping[Hashable, str]) -> dict[Crop, str]:
-    """Cut boxes out of their images (``files``: paths by id), with some context.
+def cut_crops(crops: Iterable[Crop], images: Mapping[Hashable, Mapping]) -> dict[Crop, str]:
+    """Cut boxes out of their images ("file_name" of each by id), with some context.
 
     Returns:
-        For each crop whose image can be read a data URI of a JPEG.
+        For each crop whose image can be read, a data URI of a JPEG.
     """
     of_image: dict[Hashable, list[Crop]] = {}
     for crop in crops:
         of_image.setdefault(crop.image_id, []).append(crop)
     cut = {}
-    for image_id, crops_of_image in of_image.items():
+    for image_id in of_image.keys() & images.keys():
         try:
-            image = read_image(require_file(files[image_id]), format="BGR")
-        except (KeyError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            image = Image.fromarray(read_image(images[image_id]["file_name"], format="RGB"))
+        except (BagsError, OSError):
             continue
-        for crop in crops_of_image:
-            _, jpeg = cv2.imencode(".jpg", _cut(image, crop.box), [cv2.IMWRITE_JPEG_QUALITY, 80])
-            cut[crop] = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        for crop in of_image[image_id]:
+            jpeg = io.BytesIO()
+            _cut(image, crop).save(jpeg, "JPEG", quality=80)
+            cut[crop] = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
     return cut
 
 
-def _match(rows: Sequence[Mapping], others: Sequence[Mapping]) -> np.ndarray:
-    boxes, of_others = ([row["bbox"] for row in some] for some in (rows, others))
-    return label_detections(boxes, [0] * len(boxes), of_others, [0] * len(of_others))
-
-
-def _cut(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    sides = image.shape[1], image.shape[0]
-    x, y, w, h = box
-    margin = _CONTEXT * max(w, h) + 2
-    low = [int(np.clip(v - margin, 0, side - 1)) for v, side in zip((x, y), sides, strict=True)]
-    high = [
-        int(np.clip(v + margin + 1, start + 1, side))
-        for v, start, side in zip((x + w, y + h), low, sides, strict=True)
-    ]
-    part = image[low[1] : high[1], low[0] : high[0]]
-    scale = _SIDE / max(part.shape[:2])
-    size = [max(round(side * scale), 1) for side in part.shape[1::-1]]
-    part = cv2.resize(part, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+def _cut(image: Image.Image, crop: Crop) -> Image.Image:
+    box = np.sort(corners([{"bbox": crop.box}]).reshape(2, 2), axis=0)
+    margin = _CONTEXT * (box[1] - box[0]).max() + 2
+    low = np.clip(box[0] - margin, 0, np.subtract(image.size, 1)).astype(int)
+    high = np.clip(box[1] + margin + 1, low + 1, image.size).astype(int)
+    scale = _SIDE / max(high - low)
+    size = np.maximum((high - low) * scale, 1).round().astype(int)
+    part = image.crop((*low.tolist(), *high.tolist())).resize(size.tolist())
     # Far outside, a corner is as good as just outside.
-    x0, y0, x1, y1 = (
-        int(np.clip(round((v - start) * scale), -_SIDE, 2 * _SIDE))
-        for v, start in zip((x, y, x + w, y + h), low * 2, strict=True)
-    )
-    return cv2.rectangle(part, (x0, y0), (x1, y1), (255, 255, 255), 1, cv2.LINE_AA)
+    outline = np.clip((box - low) * scale, -_SIDE, 2 * _SIDE)
+    ImageDraw.Draw(part).rectangle(outline.ravel().tolist(), outline="white")
+    return part
 
 
 def _is_exhaustive(image: Mapping, category_id: Hashable, has_objects: bool) -> bool:
+    """Whether all objects of a class are annotated in an image."""
     if "neg_category_ids" not in image:
         return True
     known = has_objects or category_id in image["neg_category_ids"]

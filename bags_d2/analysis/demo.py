@@ -1,106 +1,111 @@
 """The demo's table, charts and pictures, from the files that its runs wrote."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import cv2
+import numpy as np
+from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
-from ..checkpoint.files import read_model_weights
-from ..data.class_counts import count_classes
-from ..utils.files import load_json, write_json
-from .classifier import class_weight_norms
-from .detections import draw_comparison
+from ..data.images import read_image
+from ..utils.files import load_json, write_atomically, write_json
+from .comparison import MEASURES
+from .detections import corners, group_by, label_detections
+from .drawing import draw_boxes, grid
+from .palette import RIGHT, TRUTH, WRONG
 from .plots import plot_ap_bins, plot_weight_norms
+from .report import all_weight_norms
+from .runs import EvaluatedRun, read_ground_truth, read_run
 
-__all__ = ["report_demo"]
+__all__ = ["draw_comparison", "report_demo"]
 
-_TRAIN, _VAL = "glyphs_train", "glyphs_val"
 _LABELS = {
     "softmax": "softmax",
     "softmax_retrained": "softmax, classifier retrained",
     "bags": "Balanced Group Softmax",
 }
-_MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
+_RARE = 10  # training instances: classes with fewer are drawn thick
+_MIN_SCORE = 0.3
 
 
-def report_demo(output: Path, softmax_weights: Path, seconds: Mapping[str, float]) -> str:
+def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
     """Write ``results.json``, the charts and the pictures of a finished demo.
 
     Args:
         output: folder with one run in each of ``softmax``, ``softmax_retrained``, ``bags``.
-        softmax_weights: checkpoint of the softmax baseline.
         seconds: duration of each step, for the record.
 
     Returns:
         The table as text.
     """
-    metrics = {name: load_json(output / name / "inference" / "results.json") for name in _LABELS}
-    record = {**metrics, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    runs = [read_run(output / name, label) for name, label in _LABELS.items()]
+    measures = {run.label: run.measures for run in runs}
+    record = {name: {"bbox": dict(run.measures)} for name, run in zip(_LABELS, runs, strict=True)}
+    record["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(output / "results.json", record)
-
-    box = {_LABELS[name]: result["bbox"] for name, result in metrics.items()}
-    plot_ap_bins(box, output / "ap_per_bin.png", title="Box AP by training frequency (glyphs)")
-    checkpoints = {
-        "softmax": softmax_weights,
-        "softmax_retrained": output / "softmax_retrained" / "model_final.pth",
-        "bags": output / "bags" / "model_final.pth",
-    }
-    plot_weight_norms(
-        {
-            _LABELS[name]: class_weight_norms(read_model_weights(path))
-            for name, path in checkpoints.items()
-        },
-        count_classes(_TRAIN),
-        output / "weight_norms.png",
-        title="What the long tail does to the classifier (glyphs)",
-    )
-    _draw_pictures(output)
-
+    title = "Box AP by training frequency (glyphs)"
+    plot_ap_bins(measures, output / "ap_per_bin.png", title=title)
+    title = "What the long tail does to the classifier (glyphs)"
+    counts, path = runs[0].training_instances, output / "weight_norms.png"
+    plot_weight_norms(all_weight_norms(runs), counts, path, title=title)
+    categories = load_json(MetadataCatalog.get(runs[0].dataset).json_file)["categories"]
+    # The third word of "the character Б (U+0411)".
+    characters = {category["id"]: category["def"].split()[2] for category in categories}
+    draw_comparison(runs, characters, output / "pictures.png")
     table = tabulate(
-        [[name, *(values[m] for m in _MEASURES)] for name, values in box.items()],
-        headers=["", *_MEASURES],
+        [[name, *map(values.get, MEASURES)] for name, values in measures.items()],
+        headers=["", *MEASURES],
         floatfmt=".1f",
         missingval="-",
     )
     return (
-        f"{table}\n\nBox AP in % on {_VAL}, measured by this run in {sum(seconds.values()):.0f} s."
-        "\nAP1..AP4: classes with 0-9, 10-99, 100-999, 1000+ training instances; bAP: their mean."
-        f"\nCharts, pictures and results.json are in {output}."
+        f"{table}\n\nBox AP in % on {runs[0].dataset}, measured by this run in "
+        f"{sum(seconds.values()):.0f} s.\nAP1..AP4: classes with 0-9, 10-99, 100-999, 1000+ "
+        "training instances; bAP: their mean.\n"
+        f"Charts, pictures and results.json are in {output}."
     )
 
 
-def _draw_pictures(output: Path, count: int = 4) -> None:
-    """Draw the validation pictures with the most objects of rare classes."""
-    records = DatasetCatalog.get(_VAL)
-    metadata = MetadataCatalog.get(_VAL)
-    ground_truth = load_json(metadata.json_file)
-    rare = frozenset(c["id"] for c in ground_truth["categories"] if c["frequency"] == "r")
-    # The second word of "the character Б (U+0411)".
-    characters = {c["id"]: c["def"].split()[2] for c in ground_truth["categories"]}
-    annotations = _by_image(ground_truth["annotations"])
-    rare_objects = {
-        image: sum(a["category_id"] in rare for a in anns) for image, anns in annotations.items()
-    }
-    records.sort(key=lambda r: -rare_objects.get(r["image_id"], 0))
-    draw_comparison(
-        [{"id": r["image_id"], "file_name": r["file_name"]} for r in records[:count]],
-        annotations,
-        {
-            label: _by_image(
-                load_json(output / name / "inference" / _VAL / "lvis_instances_results.json")
-            )
-            for name, label in _LABELS.items()
-        },
-        characters,
-        rare,
-        output / "pictures.png",
-    )
+def draw_comparison(
+    runs: Sequence[EvaluatedRun], class_labels: Mapping[int, str], path: Path, rows: int = 4
+) -> None:
+    """Draw the images with the most objects of rare classes: the truth, then each run's detections.
 
+    ``class_labels``, by category id, are what to write on boxes; each of ``rows`` is one image.
+    """
+    rare = {category for category, count in runs[0].count_of.items() if count < _RARE}
+    truth = read_ground_truth(runs[0])
+    found = [
+        group_by((d for d in run.detections() if d["score"] >= _MIN_SCORE), "image_id")
+        for run in runs
+    ]
 
-def _by_image(rows: list[dict]) -> dict[int, list[dict]]:
-    grouped = defaultdict(list)
-    for row in rows:
-        grouped[row["image_id"]].append(row)
-    return grouped
+    def draw(pixels: np.ndarray, boxes: list[dict], colors: list[str], title, legend):
+        ids = [box["category_id"] for box in boxes]
+        labels, is_rare = [class_labels[i] for i in ids], [i in rare for i in ids]
+        return draw_boxes(pixels, corners(boxes), labels, colors, is_rare, title, legend, 330)
+
+    def rarity(image_id) -> int:
+        return sum(a["category_id"] in rare for a in truth[image_id]["annotations"])
+
+    chosen = sorted(truth, key=rarity, reverse=True)[:rows]
+    pictures = []
+    for image_id in chosen:
+        is_first, is_last = image_id == chosen[0], image_id == chosen[-1]
+        pixels = read_image(truth[image_id]["file_name"], format="RGB")
+        objects = truth[image_id]["annotations"]
+        legend = [("object (thick: rare class)", TRUTH)] if is_last else ()
+        title = "ground truth" if is_first else ""
+        row = [draw(pixels, objects, [TRUTH] * len(objects), title, legend)]
+        legend = [(f"right (score {_MIN_SCORE} or more)", RIGHT), ("wrong", WRONG)]
+        for run, detections in zip(runs, found, strict=True):
+            boxes = sorted(detections.get(image_id, ()), key=lambda d: -d["score"])
+            colors = [RIGHT if right else WRONG for right in label_detections(boxes, objects)]
+            title = run.label if is_first else ""
+            row.append(draw(pixels, boxes, colors, title, legend if is_last else ()))
+            legend = ()
+        pictures.append(row)
+    _, encoded = cv2.imencode(path.suffix, grid(pictures)[:, :, ::-1])
+    with write_atomically(path, "wb") as file:
+        file.write(encoded.tobytes())

@@ -3,26 +3,22 @@
 Shapes: N boxes (x0, y0, x1, y1) in pixels; pictures are (H, W, 3) uint8, RGB.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-import cv2
 import matplotlib
 import numpy as np
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
-from matplotlib.colors import to_rgb
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, bin_index
 from ..utils.text import printable
 from .grouping import bin_names
 from .palette import bin_color
 
-__all__ = ["best_instances", "draw_boxes", "draw_instances", "grid", "place_labels", "side_by_side"]
+__all__ = ["best_instances", "draw_boxes", "draw_instances", "grid", "place_labels"]
 
+_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 _MASK_OPACITY = 0.4
 _LONGEST_LABEL = 26  # characters
 _UNCOUNTED = 3  # the colour of frequent classes
@@ -30,8 +26,7 @@ _UNCOUNTED = 3  # the colour of frequent classes
 
 def best_instances(instances: Instances, top: int, min_score: float = 0.0) -> Instances:
     """The highest-scored instances, best first: at most ``top``, none below ``min_score``."""
-    order = instances.scores.argsort(descending=True, stable=True)[:top]
-    best = instances[order]
+    best = instances[instances.scores.argsort(descending=True, stable=True)[:top]]
     return best[best.scores >= min_score]
 
 
@@ -55,8 +50,8 @@ def draw_instances(
         class_names: K names.
         class_counts: K training instances; None draws all classes alike, without a legend.
         title: written above the picture.
-        min_side: smaller pictures are enlarged until the shorter side has so many pixels, so that
-            labels can be read.
+        min_side: smaller pictures are enlarged until the shorter side has this many pixels, so
+            that labels can be read.
         thresholds: edges of the groups.
 
     Returns:
@@ -70,16 +65,16 @@ def draw_instances(
         names = bin_names(thresholds)
         names[-1] += " training instances"
         legend = [(name, bin_color(i)) for i, name in enumerate(names)]
-    colors = [bin_color(b) for b in bins]
     if instances.has("pred_masks"):
         image = image.astype(np.float32)
-        for mask, color in zip(instances.pred_masks.numpy(), colors, strict=True):
-            image[mask] += _MASK_OPACITY * (255 * np.array(to_rgb(color)) - image[mask])
+        for mask, b in zip(instances.pred_masks.numpy(), bins, strict=True):
+            color = np.array(ImageColor.getrgb(bin_color(b)))
+            image[mask] += _MASK_OPACITY * (color - image[mask])
         image = image.round().astype(np.uint8)
     order, scores = np.argsort(bins, kind="stable"), instances.scores.tolist()
     labels = [f"{_shortened(class_names[classes[i]])} {scores[i]:.0%}" for i in order]
+    colors = [bin_color(b) for b in bins[order]]
     boxes = instances.pred_boxes.tensor.numpy()[order]
-    colors = [colors[i] for i in order]
     return draw_boxes(image, boxes, labels, colors, bins[order] == 0, title, legend, min_side)
 
 
@@ -99,24 +94,27 @@ def draw_boxes(
     double width; the legend's texts and colours stand below. For the rest see `draw_instances`.
     """
     scale = max(1.0, min_side / min(image.shape[:2]))
-    size = tuple(round(side * scale) for side in image.shape[1::-1])
-    font_size = max(13, min(size) // 42)
-    enlarged = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_CUBIC)
-    canvas = _Canvas(enlarged, font_size)
-    line = max(2, min(size) // 320)
+    width, height = (round(side * scale) for side in image.shape[1::-1])
+    shorter = min(width, height)
+    font, line = ImageFont.truetype(_FONT, max(13, shorter // 42)), max(2, shorter // 320)
+    picture = Image.fromarray(np.ascontiguousarray(image)).resize((width, height))
+    draw = ImageDraw.Draw(picture)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
     for box, color, thick in reversed(list(zip(boxes, colors, is_thick, strict=True))):
-        canvas.outline(box, color, line * (2 if thick else 1))
-    with _plain_text():
-        sizes = np.array([canvas.label_size(text) for text in labels]).reshape(-1, 2)
-        for text, color, corner, extent in zip(
-            labels, colors, place_labels(boxes, sizes, size), sizes, strict=True
-        ):
-            if corner is not None:
-                canvas.label(text, color, corner, extent)
-        strips = [_strip(size[0], font_size, title)] if title else []
-        strips.append(canvas.output.get_image())
-        strips += [_strip(size[0], font_size, "", legend)] if legend else []
+        draw.rectangle(box.tolist(), outline=color, width=line * (2 if thick else 1))
+    labels = [printable(label) for label in labels]
+    sizes = np.array([(font.getlength(text) + 6, 1.4 * font.size) for text in labels])
+    places = place_labels(boxes, sizes.reshape(-1, 2), (width, height))
+    for text, color, place, (w, h) in zip(labels, colors, places, sizes, strict=True):
+        if place is not None:
+            x, y = place
+            draw.rectangle((x, y, x + w, y + h), fill=color)
+            is_light = np.dot(ImageColor.getrgb(color), (0.299, 0.587, 0.114)) > 150
+            fill = "black" if is_light else "white"
+            draw.text((x + 3, y + h / 2), text, fill, font, anchor="lm")
+    strips = [_strip(width, font, title)] if title else []
+    strips.append(np.asarray(picture))
+    strips += [_strip(width, font, "", legend)] if legend else []
     return np.vstack(strips)
 
 
@@ -126,7 +124,7 @@ def place_labels(
     """Find a place for the label of each box at which it covers no label placed before.
 
     Args:
-        boxes: (N, 4).
+        boxes: (N, 4), the most important ones first.
         sizes: (N, 2) width and height of each label.
         canvas: width and height of the picture.
 
@@ -134,9 +132,9 @@ def place_labels(
         The top left corner of each label, wholly inside the canvas; None where there is no room.
     """
     placed = np.zeros((0, 4))
-    corners: list[tuple[float, float] | None] = []
+    places: list[tuple[float, float] | None] = []
     for (x0, y0, x1, y1), (w, h) in zip(boxes, sizes, strict=True):
-        corners.append(None)
+        places.append(None)
         if w > canvas[0] or h > canvas[1]:
             continue
         # Above, below, and within the box; then at its sides; left-aligned before right-aligned.
@@ -146,88 +144,36 @@ def place_labels(
             low, high = np.array([x, y]), np.array([x + w, y + h])
             if ((placed[:, :2] >= high) | (placed[:, 2:] <= low)).any(axis=1).all():
                 placed = np.vstack([placed, (*low, *high)])
-                corners[-1] = float(x), float(y)
+                places[-1] = float(x), float(y)
                 break
-    return corners
+    return places
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 8) -> np.ndarray:
     """Pictures in rows and columns on white, each at the top left of its cell."""
-    widths = [max(picture.shape[1] for picture in column) for column in zip(*rows, strict=True)]
-    stacked = []
-    for row in rows:
-        height = max(picture.shape[0] for picture in row) + gap
-        margins = [
-            ((0, height - picture.shape[0]), (0, width + gap - picture.shape[1]), (0, 0))
-            for picture, width in zip(row, widths, strict=True)
-        ]
-        cells = [np.pad(p, m, constant_values=255) for p, m in zip(row, margins, strict=True)]
-        stacked.append(np.hstack(cells))
-    return np.vstack(stacked)[:-gap, :-gap]
-
-
-def side_by_side(pictures: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
-    """Pictures in a row."""
-    return grid([pictures], gap)
-
-
-class _Canvas(Visualizer):
-    """Detectron2's visualizer, with opaque lines of whole pixels and labels of known size."""
-
-    def __init__(self, image: np.ndarray, font_size: int) -> None:
-        super().__init__(image)
-        self.points = 72 / self.output.dpi  # per pixel
-        self.font_size = font_size
-        self.font = FontProperties(size=font_size * self.points)
-
-    def outline(self, box: Sequence[float], color: str, width: int) -> None:
-        (x0, y0, x1, y1), width = box, width * self.points
-        self.output.ax.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=width)
-        )
-
-    def fill(self, corner: tuple[float, float], size: Sequence[float], color: str) -> None:
-        self.output.ax.add_patch(Rectangle(corner, *size, facecolor=color, linewidth=0, zorder=2))
-
-    def label_size(self, text: str) -> tuple[float, float]:
-        renderer = self.output.canvas.get_renderer()
-        width, _, _ = renderer.get_text_width_height_descent(text, self.font, ismath=False)
-        return width + 6, round(1.4 * self.font_size)
-
-    def write(self, text: str, x: float, y: float, color: str = "black") -> None:
-        """Write with the label's top left corner at (x, y)."""
-        baseline = y + 1.05 * self.font_size
-        self.output.ax.text(x + 3, baseline, text, color=color, font=self.font, clip_on=True)
-
-    def label(
-        self, text: str, color: str, corner: tuple[float, float], size: Sequence[float]
-    ) -> None:
-        self.fill(corner, size, color)
-        is_light = np.dot(to_rgb(color), (0.299, 0.587, 0.114)) > 0.59
-        self.write(text, *corner, color="black" if is_light else "white")
+    heights = [max(picture.shape[0] for picture in row) + gap for row in rows]
+    widths = [max(p.shape[1] for p in column) + gap for column in zip(*rows, strict=True)]
+    canvas = np.full((sum(heights), sum(widths), 3), 255, np.uint8)
+    for row, y in zip(rows, np.cumsum([0, *heights]), strict=False):
+        for picture, x in zip(row, np.cumsum([0, *widths]), strict=False):
+            canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    return canvas[:-gap, :-gap]
 
 
 def _strip(
-    width: int, font_size: int, text: str, legend: Sequence[tuple[str, str]] = ()
+    width: int, font: ImageFont.FreeTypeFont, text: str, legend: Sequence[tuple[str, str]] = ()
 ) -> np.ndarray:
-    """Text and coloured squares with their meanings on a white strip."""
-    height = round(1.4 * font_size) + 6
-    canvas = _Canvas(np.full((height, width, 3), 255, np.uint8), font_size)
-    canvas.write(text, 1, 3)
-    x = 4 + bool(text) * (canvas.label_size(text)[0] + 12)
+    """Text, and coloured squares with their meanings, on white."""
+    strip = Image.new("RGB", (width, round(1.4 * font.size) + 6), "white")
+    draw, middle = ImageDraw.Draw(strip), strip.height / 2
+    draw.text((4, middle), printable(text), "black", font, anchor="lm")
+    x = 4
     for name, color in legend:
-        canvas.fill((x, 5), (font_size, font_size), color)
-        canvas.write(name, x + font_size + 2, 3)
-        x += font_size + canvas.label_size(name)[0] + 14
-    return canvas.output.get_image()
-
-
-@contextlib.contextmanager
-def _plain_text() -> Iterator[None]:
-    """Texts are drawn as they are: no formula between dollars, no warning of an unknown letter."""
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        yield
+        square = (x, middle - font.size / 2, x + font.size, middle + font.size / 2)
+        draw.rectangle(square, fill=color)
+        draw.text((x + font.size + 5, middle), name, "black", font, anchor="lm")
+        x += font.size + font.getlength(name) + 20
+    return np.asarray(strip)
 
 
 def _shortened(name: str) -> str:

@@ -1,11 +1,10 @@
-"""Do class groups fit a data set: what they hold, what is odd about them, and what would fit.
+"""Whether class groups suit a data set: what they hold, what is odd, and which edges would suit.
 
 Shapes: K classes, G groups; ``thresholds`` are the G - 1 edges of half-open bins of counts.
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,23 +54,18 @@ def summarize_groups(counts: Sequence[int], thresholds: Sequence[int]) -> list[G
 
 
 def grouping_faults(counts: Sequence[int], thresholds: Sequence[int]) -> list[str]:
-    """What makes little sense about a grouping, each in one sentence; nothing if all is well."""
+    """What makes little sense about a grouping, one sentence each; [] if nothing."""
     faults = []
     for group in summarize_groups(counts, thresholds):
-        size = len(group.classes)
+        size, has = len(group.classes), f"{group.name} instances"
         if size == 0:
-            faults.append(
-                f"No class has {group.name} instances: the group is empty and does nothing."
-            )
+            faults.append(f"No class has {has}: the group is empty and does nothing.")
         elif size == 1 and len(counts) > 1:
-            faults.append(
-                f"One class alone has {group.name} instances: it competes with no class of its "
-                "frequency."
-            )
+            faults.append(f"One class alone has {has}: it competes with no class of its frequency.")
         if thresholds and size > _TOO_LARGE_A_SHARE * len(counts):
             faults.append(
-                f"{size} of {len(counts)} classes have {group.name} instances: within their group "
-                "they compete as in a plain softmax."
+                f"{size} of {len(counts)} classes have {has}: within their group they compete as "
+                "in a plain softmax."
             )
     return faults
 
@@ -80,8 +74,8 @@ def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int,
     """Edges at round numbers that put classes of similar frequency together.
 
     Powers of ten, or, where these leave all classes in one group though their counts differ more
-    than threefold, the series 1, 2, 5, 10, ...; then the smallest group is joined with its smaller
-    neighbour until every group has two classes and there are no more groups than wanted.
+    than threefold, the series 1, 2, 5, 10, ...; then the smallest group is merged with its smaller
+    neighbour until every group has two classes and there are at most ``max_groups``.
 
     Returns:
         Edges in ascending order; () if one group is best.
@@ -90,30 +84,24 @@ def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int,
     known = counts[counts > 0]
     if len(known) == 0:
         return ()
+    rarest, most = int(known.min()), int(known.max())
     for steps in ((1,), (1, 2, 5)):
-        edges = [e for e in _series(steps, int(known.max())) if e > known.min()]
-        edges = _join_small_groups(counts, edges, max_groups)
-        if edges or known.max() <= 3 * known.min():
-            return tuple(edges)
-    return ()
+        series = [step * 10**exponent for exponent in range(len(str(most))) for step in steps]
+        edges = [edge for edge in series if rarest < edge <= most]
+        edges = _merge_small_groups(counts, edges, max_groups)
+        if edges or most <= 3 * rarest:
+            break
+    return tuple(edges)
 
 
-def _series(steps: Sequence[int], largest: int) -> Iterator[int]:
-    for exponent in range(math.ceil(math.log10(largest + 1)) + 1):
-        for step in steps:
-            edge = step * 10**exponent
-            if 1 < edge <= largest:
-                yield edge
-
-
-def _join_small_groups(counts: np.ndarray, edges: list[int], max_groups: int) -> list[int]:
-    edges = list(edges)
+def _merge_small_groups(counts: np.ndarray, edges: list[int], max_groups: int) -> list[int]:
     while edges:
         sizes = np.bincount(np.searchsorted(edges, counts, side="right"), minlength=len(edges) + 1)
         smallest = int(sizes.argmin())
         if sizes[smallest] >= 2 and len(sizes) <= max_groups:
             break
-        # Edge i parts the groups i and i + 1.
+        # Edge i separates the groups i and i + 1.
         neighbours = [i for i in (smallest - 1, smallest) if 0 <= i < len(edges)]
-        edges.pop(min(neighbours, key=lambda i: sizes[i] + sizes[i + 1]))
+        drop = min(neighbours, key=lambda i: sizes[i] + sizes[i + 1])
+        edges = edges[:drop] + edges[drop + 1 :]
     return edges

@@ -30,7 +30,7 @@ from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
 from ..utils.settings import first_difference, select_config
 
-__all__ = ["BASELINE", "Comparison", "Kind", "Run"]
+__all__ = ["BASELINE", "Comparison", "Kind", "MethodRun"]
 
 BASELINE = "baseline"
 
@@ -46,8 +46,8 @@ TRANSFORMS = {
     "tau_norm_tail": ("--tau", "1.0", "--max-count", "100"),
 }
 
-# Where a run is executed says nothing about what it measures; the detector that it starts from is
-# told by the seed.
+# Where a run is executed says nothing about what it measures; which detector it starts from follows
+# from the seed.
 _INDIFFERENT = (
     *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
     "STAGE2.*",  # in effect elsewhere, if at all
@@ -71,34 +71,30 @@ class Kind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One method with one seed.
-
-    Attributes:
-        method: name of the method.
-        seed: of the run, and of the detector that it starts from.
-        overlay: what ``--method`` lays over the baseline's config, if anything.
-        settings: values of its config as text, by dotted key.
-        kind: how its model comes about.
-        trained: which parameters train, in a word.
-        from_detector: whether it starts from the baseline of its seed.
-        weights: what it starts from: a file, a URL, or "".
-        folder: its files.
-    """
+class MethodRun:
+    """One method with one seed."""
 
     method: str
-    seed: int
-    overlay: str | None
-    settings: dict[str, str]
+    seed: int  # of the run, and of the detector that it starts from
+    overlay: str | None  # what ``--method`` lays over the baseline's config
+    settings: dict[str, str]  # of its config, by dotted key
     kind: Kind
-    trained: str
-    from_detector: bool
-    weights: str
+    trained: str  # which parameters, in a word
+    from_detector: bool  # whether it starts from the baseline of its seed
+    weights: str  # what it starts from: a file, a URL, or ""
     folder: Path
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / _FINAL
+
+    @property
+    def settings_file(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def durations_file(self) -> Path:
+        return self.folder / "seconds.json"
 
     @property
     def results_file(self) -> Path:
@@ -114,8 +110,7 @@ class Run:
     @property
     def is_recorded(self) -> bool:
         """Whether data and detector were recorded, as versions before 0.5 did not."""
-        path = self.folder / "settings.json"
-        return path.is_file() and _START in _load(path, dict)
+        return _START in _load(self.settings_file, {})
 
     @property
     def is_complete(self) -> bool:
@@ -125,67 +120,52 @@ class Run:
             ConfigError: if the folder holds a run of the same name with other settings, of other
                 data, or from another detector.
         """
-        path = self.folder / "settings.json"
-        if path.is_file():
-            found, wanted = _load(path, dict), self.record()
-            found = {current_name(key): value for key, value in found.items()} | {
-                key: value for key, value in found.items() if current_name(key) == key
-            }
-            # Keys that came with a later version had their defaults in effect; of data that were
-            # not recorded nothing is known.
-            common = found.keys() & wanted.keys()
-            difference = first_difference(
-                {key: found[key] for key in common}, {key: wanted[key] for key in common}
+        written, wanted = _load(self.settings_file, {}), self.record()
+        names = sorted(written, key=lambda name: current_name(name) == name)  # current ones last
+        found = {current_name(name): written[name] for name in names}
+        # Keys that came with a later version had their defaults in effect; of data that were not
+        # recorded nothing is known.
+        found = {name: found.get(name, value) for name, value in wanted.items()}
+        if difference := first_difference(found, wanted):
+            raise ConfigError(
+                f"'{self.folder}' holds a run with other settings: {difference}; delete it or "
+                "name another folder with --output."
             )
-            if difference:
-                raise ConfigError(
-                    f"'{self.folder}' holds a run with other settings: {difference}; delete it or "
-                    "name another folder with --output."
-                )
         try:
             return bool(self.results())
-        except (MissingFileError, DataError):  # cut short
+        except DataError:  # cut short
             return False
 
     @property
     def seconds(self) -> float | None:
-        """How long the model took to make, evaluation left out; None if it was not timed."""
-        durations = self.durations()
-        return sum(durations) if durations else None
+        """How long the model took to make, without evaluation; None if it was not timed."""
+        return sum(self.durations()) or None
 
     def durations(self) -> list[float]:
-        """Seconds of each attempt that came to its end."""
-        path = self.folder / "seconds.json"
-        durations = _load(path, list) if path.is_file() else []
+        """Seconds of each attempt that was not interrupted."""
+        durations = _load(self.durations_file, [])
         if not all(isinstance(seconds, int | float) for seconds in durations):
-            raise DataError(f"'{path}' must hold seconds; delete it.")
+            raise DataError(f"'{self.durations_file}' must hold seconds; delete it.")
         return durations
 
     def results(self) -> dict:
-        """Metrics in percent by task.
-
-        Raises:
-            MissingFileError, DataError: if there are none.
-        """
-        return _load(self.results_file, dict)
+        """Metrics in percent by task; {} if it has not been evaluated (DataError: damaged)."""
+        return _load(self.results_file, {})
 
 
 class Comparison:
-    """The runs of a comparison, and how to make them."""
+    """The runs of a comparison, and how to make them.
+
+    ``baseline`` is the config of the softmax baseline, ``output`` the folder of the comparison;
+    ``opts`` are config keys and values for all runs. With no GPUs, one process works on the CPU.
+
+    Raises:
+        ConfigError: if the config is faulty, or that of stage 2.
+    """
 
     def __init__(
         self, baseline: Path, output: Path, opts: Sequence[str] = (), num_gpus: int = 0
     ) -> None:
-        """
-        Args:
-            baseline: config of the softmax baseline.
-            output: folder of the comparison.
-            opts: config keys and values for all runs.
-            num_gpus: processes of a training; 0 is one on the CPU.
-
-        Raises:
-            ConfigError: if the config is faulty, or that of stage 2.
-        """
         self.baseline = baseline
         self.output = output
         self.opts = tuple(opts)
@@ -198,18 +178,17 @@ class Comparison:
         self._data: dict[str, str] = {}
 
     def require_data(self) -> None:
-        """From now on, runs are those of the data sets as they are, and no others.
+        """From now on, only runs on the data sets as they are now count.
 
         Raises:
-            ConfigError: if a data set is not registered.
-            MissingFileError: if its annotations do not exist.
+            ConfigError, MissingFileError: if a data set is not registered or does not exist.
         """
         self._data = _data_record((*self._base.DATASETS.TRAIN, *self._base.DATASETS.TEST))
 
     def methods(self) -> list[str]:
         """The methods of ``configs/methods`` that leave detector and data as they are.
 
-        A classifier that is made for training the whole detector is also one for stage 2.
+        A classifier for training the whole detector can also be trained alone, in stage 2.
         """
         methods = []
         for name in list_methods():
@@ -220,11 +199,8 @@ class Comparison:
                 methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
         return [BASELINE, *sorted([*methods, *TRANSFORMS])]
 
-    def run(self, method: str, seed: int) -> Run:
-        """
-        Args:
-            method: one of :meth:`methods`, or anything else that ``--method`` takes.
-            seed: its seed.
+    def run(self, method: str, seed: int) -> MethodRun:
+        """A run of one of :meth:`methods`, or of anything else that ``--method`` takes.
 
         Raises:
             MissingFileError: if there is no such method.
@@ -241,20 +217,20 @@ class Comparison:
         settings = select_config(cfg, ("*",), ("SEED", *_INDIFFERENT)) | self._data
         if transform:
             settings["transform"] = " ".join(TRANSFORMS[method])
-        kind = Kind.TRANSFORM if transform else _kind_of(cfg)
+        kind, trained = (Kind.TRANSFORM, "nothing") if transform else _kind_of(cfg)
         from_detector = transform or cfg.STAGE2.ENABLED
         if kind is Kind.EVALUATE and not from_detector:
             raise ConfigError(
                 f"'{method}' has no model, as SOLVER.MAX_ITER is 0; set it to 1 or more."
             )
         name = run_name(BASELINE, method)
-        return Run(
+        return MethodRun(
             method=name,
             seed=seed,
             overlay=overlay,
             settings=settings,
             kind=kind,
-            trained=_trained(cfg, kind),
+            trained=trained,
             from_detector=from_detector,
             weights=str(self.detector(seed)) if from_detector else cfg.MODEL.WEIGHTS,
             folder=self._folder(name, seed),
@@ -264,46 +240,43 @@ class Comparison:
         """Checkpoint of the baseline of a seed."""
         return self._folder(BASELINE, seed) / _FINAL
 
-    def make(self, run: Run, execute: Callable[[list[str], Path], float]) -> None:
-        """Train or fit what a run lacks, and evaluate it. An interrupted run goes on.
+    def make(self, run: MethodRun, execute: Callable[[list[str], Path], float]) -> None:
+        """Train or fit what a run lacks, and evaluate it; an interrupted run is resumed.
 
-        Args:
-            run: the run; that of the baseline with its seed must be complete if it starts there.
-            execute: runs a command, logs to a file, and returns the seconds that it took.
+        The baseline of its seed must be complete if it starts there. ``execute`` runs a command,
+        logs to a file, and returns the seconds that it took.
         """
-        write_json(run.folder / "settings.json", run.record())
+        write_json(run.settings_file, run.record())
         making, evaluating = self.commands(run)
         log = run.folder / "console.txt"
         if making:
             before = run.durations()
-            write_json(run.folder / "seconds.json", [*before, round(execute(making, log), 1)])
+            write_json(run.durations_file, [*before, round(execute(making, log), 1)])
         execute(evaluating, log)
 
-    def commands(self, run: Run) -> tuple[list[str] | None, list[str]]:
-        """The commands that make the model of a run, if it has one of its own, and evaluate it."""
-        detector = run.weights if run.from_detector else None
+    def commands(self, run: MethodRun) -> tuple[list[str] | None, list[str]]:
+        """The commands that make the model of a run (None: it has none) and evaluate it."""
         config = ["--config-file", str(self.baseline)]
         overlay = ["--method", run.overlay] if run.overlay else []
         common = [*config, *overlay, "--num-gpus", str(self.num_gpus)]
         opts = [*self.opts, "SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)]
-        start = ["MODEL.WEIGHTS", detector] if detector else []
+        start = ["MODEL.WEIGHTS", run.weights] if run.from_detector else []
+        make, weights = None, str(run.checkpoint)
         if run.kind is Kind.TRAIN:
             # Evaluated separately, so that the time of training is that of training.
             no_test = ["DATASETS.TEST", "()"]
-            make = [*_script("train_net.py"), *common, "--resume", *opts, *start, *no_test]
+            make = _command("train_net.py", *common, "--resume", *opts, *start, *no_test)
         elif run.kind is Kind.FIT:
-            cache = self.output / "features" / f"seed{run.seed}"
-            fit = [*_script("tools/fit_classifier.py"), *common, "--cache", str(cache)]
-            make = [*fit, *opts, *start]
+            cache = ["--cache", str(self.output / "features" / f"seed{run.seed}")]
+            make = _command("tools/fit_classifier.py", *common, *cache, *opts, *start)
         elif run.kind is Kind.TRANSFORM:
-            files = ["--input", detector, "--output", str(run.checkpoint)]
+            files = ["--input", run.weights, "--output", weights]
             arguments = [*files, *TRANSFORMS[run.method], *config]
-            make = [*_script("tools/normalize_classifier.py"), *arguments]
+            make = _command("tools/normalize_classifier.py", *arguments)
         else:
-            make = None
-        weights = run.checkpoint if make else detector
-        evaluate = [*_script("train_net.py"), *common, "--eval-only", *opts]
-        return make, [*evaluate, "MODEL.WEIGHTS", str(weights)]
+            weights = run.weights
+        test = ["--eval-only", *opts, "MODEL.WEIGHTS", weights]
+        return make, _command("train_net.py", *common, *test)
 
     def _folder(self, method: str, seed: int) -> Path:
         return self.output / method / f"seed{seed}"
@@ -317,38 +290,33 @@ class Comparison:
         )
 
 
-def _kind_of(cfg: CfgNode) -> Kind:
+def _kind_of(cfg: CfgNode) -> tuple[Kind, str]:
+    """How a model comes about, and which of its parameters are trained."""
+    globs = cfg.MODEL.TRAINABLE_PARAMS
     if cfg.SOLVER.MAX_ITER == 0:
-        return Kind.EVALUATE
-    globs = cfg.MODEL.TRAINABLE_PARAMS
-    classifier_only = globs and all(g.startswith("roi_heads.box_predictor") for g in globs)
-    cascade = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) and "Cascade" in cfg.MODEL.ROI_HEADS.NAME
-    return Kind.FIT if classifier_only and not cascade else Kind.TRAIN
-
-
-def _trained(cfg: CfgNode, kind: Kind) -> str:
-    if kind in (Kind.EVALUATE, Kind.TRANSFORM):
-        return "nothing"
-    globs = cfg.MODEL.TRAINABLE_PARAMS
+        return Kind.EVALUATE, "nothing"
     if not globs:
-        return "all"
-    only = all(glob.startswith("roi_heads.box_predictor") for glob in globs)
-    return "classifier" if only else "a part"
+        return Kind.TRAIN, "all"
+    if not all(glob.startswith("roi_heads.box_predictor") for glob in globs):
+        return Kind.TRAIN, "a part"
+    cascade = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) and "Cascade" in cfg.MODEL.ROI_HEADS.NAME
+    return Kind.TRAIN if cascade else Kind.FIT, "classifier"
 
 
-def _script(name: str) -> list[str]:
-    return [sys.executable, str(_ROOT / name)]
+def _command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(_ROOT / script), *arguments]
 
 
-def _load(path: Path, kind: type):
-    content = load_json(path)
-    if not isinstance(content, kind):
+def _load(path: Path, default: dict | list):
+    """The content of a file, which must be of the default's type; the default if there is none."""
+    content = load_json(path) if path.is_file() else default
+    if not isinstance(content, type(default)):
         raise DataError(f"'{path}' is damaged; delete the run's folder, and make it again.")
     return content
 
 
 def _data_record(names: Sequence[str]) -> dict[str, str]:
-    """What tells data sets from edited ones: their annotations, and size and time of each image."""
+    """What distinguishes data sets from edited ones: annotations, and size and time of images."""
     record = {}
     for name in names:
         if name not in DatasetCatalog:

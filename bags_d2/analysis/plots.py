@@ -1,4 +1,8 @@
-"""Charts. Each is written whole or not at all; texts are drawn as they are."""
+"""Charts. Each is written whole or not at all; texts are drawn as they are.
+
+Shapes: K classes, G groups. ``path`` is the picture to write (its suffix gives the format), and
+``thresholds`` are the edges of the bins of training instances.
+"""
 
 import contextlib
 import io
@@ -13,7 +17,7 @@ from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, bin_index
 from ..utils.files import write_atomically
 from ..utils.text import printable
 from .grouping import bin_names
-from .palette import BETTER, RUN_COLORS, WORSE, bin_color
+from .palette import RIGHT, WRONG, bin_color, run_color
 
 __all__ = [
     "plot_ap_bins",
@@ -26,7 +30,7 @@ __all__ = [
 ]
 
 _FORMATS = (".pdf", ".png", ".svg")
-_MARKERS = "os^Dvp"
+_NONE = 0.5  # where a count of 0 is on a logarithmic axis
 _SHOWN_POINTS = 1000  # of a loss curve
 _SHOWN_LOSSES = 48
 
@@ -41,32 +45,21 @@ def plot_ap_bins(
     """Bars of AP in each bin of training instances, one colour for each method.
 
     Args:
-        metrics: for each method its measures in percent, with AP1, AP2, ..., bAP; None is "-".
-        path: the picture to write; its suffix gives the format.
-        thresholds: edges of the bins.
-        title: heading of the chart.
-        task: "bbox" or "segm".
+        metrics: AP1, AP2, ..., bAP of each method in percent; None is drawn as "-".
     """
     labels = bin_names(thresholds)
     keys = [*(f"AP{i + 1}" for i in range(len(labels))), "bAP"]
-    width = 0.8 / len(metrics)
     # A gap before bAP: it is the mean of the bars to its left, not a further bin.
     centers = np.array([*range(len(labels)), len(labels) + 0.4])
-    with _figure(path, 8, 4) as figure:
-        axes = figure.subplots()
+    width = 0.8 / len(metrics)
+    with _chart(path, title, "training instances of a class", _ap_label(task)) as axes:
         for i, (name, measured) in enumerate(metrics.items()):
-            offset = (i - (len(metrics) - 1) / 2) * width
             values = [measured.get(key) for key in keys]
-            bars = axes.bar(
-                centers + offset, [v or 0.0 for v in values], width * 0.94, color=_color(i)
-            )
-            bars.set_label(_label(name))
+            x, heights = centers + (i - (len(metrics) - 1) / 2) * width, [v or 0.0 for v in values]
+            bars = axes.bar(x, heights, width * 0.94, color=run_color(i), label=_label(name))
             texts = ["-" if v is None else f"{v:.1f}" for v in values]
             axes.bar_label(bars, texts, fontsize=8, padding=1)
         axes.set_xticks(centers, [*labels, "mean of the\nbins (bAP)"])
-        axes.set_xlabel("training instances of a class")
-        axes.set_ylabel(f"{'mask' if task == 'segm' else 'box'} AP (%)")
-        _finish(axes, title)
 
 
 def plot_weight_norms(
@@ -76,56 +69,45 @@ def plot_weight_norms(
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
     title: str = "",
 ) -> None:
-    """Classifier weight norm of each class (for each method, K of them) against its K counts."""
-    with _figure(path, 8, 4) as figure:
-        axes = figure.subplots()
+    """Classifier weight norm of each class (K for each method) against its training count (K)."""
+    with _chart(path, title, ylabel="L2 norm of the class's weights") as axes:
         for i, (name, values) in enumerate(norms.items()):
             values = np.asarray(values)
             ratio = values.max() / max(values.min(), 1e-9)
-            axes.plot(
-                _on_log_axis(counts), values, _MARKERS[i % len(_MARKERS)], color=_color(i),
-                markersize=5 if len(values) < 200 else 3, alpha=0.8,
-                label=f"{_label(name)} (largest / smallest = {ratio:.1f})",
-            )  # fmt: skip
-        _count_axis(axes, counts, thresholds)
+            label = f"{_label(name)} (largest / smallest = {ratio:.1f})"
+            style = {"marker": "os^Dvp"[i % 6], "markersize": 5 if len(values) < 200 else 3}
+            x = np.maximum(counts, _NONE)
+            axes.plot(x, values, color=run_color(i), linestyle="", alpha=0.8, label=label, **style)
+        _class_axis(axes, counts, thresholds)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("L2 norm of the class's weights")
-        _finish(axes, title)
 
 
 def plot_class_counts(
     counts: Sequence[int], thresholds: Sequence[int], path: str | Path, by: str = "instances"
 ) -> None:
-    """Training count (K of them, ``by`` what) of every class, the most frequent first, by group."""
-    from matplotlib.patches import Patch
+    """Training count (of K classes, ``by`` what) of every class, the most frequent first."""
     from matplotlib.ticker import MaxNLocator
 
     counts = np.sort(np.asarray(counts))[::-1]
     groups = bin_index(counts, thresholds)
-    sizes = np.bincount(groups, minlength=len(thresholds) + 1)
-    handles = [
-        Patch(color=bin_color(g), label=f"{name}: {n:,} {'class' if n == 1 else 'classes'}")
-        for g, (name, n) in enumerate(zip(bin_names(thresholds), sizes, strict=True))
-    ]
-    with _figure(path, 8, 4) as figure:
-        axes = figure.subplots()
-        # Classes without any have no place on a logarithmic axis: they are drawn below 1.
-        floor = 0.5
-        heights = np.maximum(counts, floor * 1.3) - floor
+    heading = f"{len(counts):,} classes in groups by training {by}"
+    xlabel, ylabel = "classes, from the most frequent to the rarest", f"training {by} (log scale)"
+    with _chart(path, heading, xlabel, ylabel) as axes:
+        # Classes that have none get a short bar below 1.
+        heights = np.maximum(counts, 1.3 * _NONE) - _NONE
         colors = [bin_color(g) for g in groups]
-        axes.bar(range(len(counts)), heights, width=1.0, bottom=floor, color=colors)
+        axes.bar(range(len(counts)), heights, width=1.0, bottom=_NONE, color=colors)
+        sizes = np.bincount(groups, minlength=len(thresholds) + 1)
+        for g, name in reversed(list(enumerate(bin_names(thresholds)))):
+            label = f"{name}: {sizes[g]:,} {'class' if sizes[g] == 1 else 'classes'}"
+            axes.bar(0, 0, bottom=_NONE, color=bin_color(g), label=label)  # for the legend
         for edge in thresholds:
             axes.axhline(edge, color="0.6", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
-        axes.set_ylim(floor, max(counts.max(), 1) * 2)
+        axes.set_ylim(_NONE, max(counts.max(), 1) * 2)
         axes.set_xlim(-0.5, len(counts) - 0.5)
-        zero = {floor * 1.15: "0"} if counts.min() == 0 else {}
-        ticks = zero | {10**i: f"{10**i:,}" for i in range(len(str(counts.max())))}
-        axes.set_yticks(list(ticks), list(ticks.values()))
+        _count_ticks(axes.yaxis, counts, ())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("classes, from the most frequent to the rarest")
-        axes.set_ylabel(f"training {by} (log scale)")
-        _finish(axes, f"{len(counts):,} classes in groups by training {by}", handles=handles[::-1])
 
 
 def plot_class_ap_change(
@@ -136,56 +118,49 @@ def plot_class_ap_change(
     path: str | Path,
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> None:
-    """How AP of each class changes between two runs, against its training count.
+    """How the AP of each class changes between two runs, against its training count, and by bin.
 
     Args:
         counts: K training instances.
         before, after: K APs in percent, NaN where a class is not evaluated.
         labels: names of the two runs.
-        path: the picture to write.
-        thresholds: edges of the bins whose mean change is drawn.
     """
     counts, change = np.asarray(counts), np.asarray(after) - np.asarray(before)
     known = ~np.isnan(change)
     counts, change = counts[known], change[known]
-    position = _on_log_axis(counts)
-    first, second = map(_label, labels)
-    largest = max(position.max(initial=1.0), *thresholds, 1)
-    bounds = [0.4, *thresholds, largest * 2]
+    position = np.maximum(counts, _NONE)
     bins = bin_index(counts, thresholds)
-    with _figure(path, 8, 4.2) as figure:
-        axes = figure.subplots()
-        for sign, color, what in ((1, BETTER, "better"), (-1, WORSE, "worse")):
+    bounds = [0.4, *thresholds, 2 * max(position.max(initial=1.0), *thresholds, 1)]
+    first, second = map(_label, labels)
+    title = f"AP of each class: {first} to {second}"
+    with _chart(path, title, ylabel=f"change of AP, {first} to {second} (points)") as axes:
+        for sign, color, what in ((1, RIGHT, "better"), (-1, WRONG, "worse")):
             x, y = (values[np.sign(change) == sign] for values in (position, change))
             axes.vlines(x, 0, y, color=color, linewidth=1, alpha=0.5)
             label = f"{what} with {second} ({len(x)} classes)"
             axes.plot(x, y, "o" if sign > 0 else "v", color=color, markersize=4, label=label)
         axes.axhline(0, color="0.4", linewidth=0.8)
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
         for i in np.unique(bins):
             mean, (low, high) = change[bins == i].mean(), bounds[i : i + 2]
             label = "mean of the bin" if i == bins.min() else None
             axes.hlines(mean, low * 1.05, high / 1.05, color="black", linewidth=2.5, label=label)
-            axes.annotate(
-                f"{mean:+.1f}", (np.sqrt(low * high), mean),
-                xytext=(0, 5 if mean >= 0 else -14), textcoords="offset points",
-                ha="center", fontsize=10, fontweight="bold",
-                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
-        _count_axis(axes, counts, thresholds)
-        axes.set_ylabel(f"change of AP, {first} to {second} (points)")
-        _finish(axes, f"AP of each class: {first} to {second}")
+            offset = {"xytext": (0, 5 if mean >= 0 else -14), "textcoords": "offset points"}
+            style = {"ha": "center", "fontsize": 10, "fontweight": "bold", "bbox": box}
+            axes.annotate(f"{mean:+.1f}", (np.sqrt(low * high), mean), **offset, **style)
+        _class_axis(axes, counts, thresholds)
 
 
 def plot_winning_groups(
     matrices: Mapping[str, np.ndarray], thresholds: Sequence[int], path: str | Path
 ) -> None:
-    """For each run what :func:`.detections.winning_groups` counted, as a heat map."""
+    """For each run what :func:`.detections.winning_groups` counted (G, G + 2), as a heat map."""
     names = bin_names(thresholds)
     columns = ["right\nclass", *(f"wrong,\n{name}" for name in names), "missed"]
     width = max(4.4, 0.75 * len(columns)) * len(matrices)
     with _figure(path, 1.2 + width, 1.9 + 0.55 * len(names)) as figure:
-        grid = figure.subplots(1, len(matrices), squeeze=False)[0]
-        for axes, (label, matrix) in zip(grid, matrices.items(), strict=True):
+        panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axes, (label, matrix) in zip(panels, matrices.items(), strict=True):
             totals = matrix.sum(axis=1)
             share = matrix / np.maximum(totals, 1)[:, None]
             picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -199,9 +174,9 @@ def plot_winning_groups(
             axes.tick_params(length=0)
             axes.set_title(_label(label), fontsize=11)
             axes.spines[:].set_visible(False)
-        grid[0].set_ylabel("object's class, by training instances", fontsize=9)
+        panels[0].set_ylabel("object's class, by training instances", fontsize=9)
         figure.supxlabel("what scores highest where the object is (IoU of 0.5 or more)", fontsize=9)
-        figure.colorbar(picture, ax=grid, label="share of the objects", shrink=0.9)
+        figure.colorbar(picture, ax=panels, label="share of the objects", shrink=0.9)
 
 
 def plot_losses(
@@ -211,7 +186,6 @@ def plot_losses(
 
     Args:
         histories: for each run, for each loss its value by iteration; {} if it logged none.
-        path: the picture to write.
     """
     names = sorted({name for history in histories.values() for name in history})
     names.sort(key=lambda name: (name.startswith("bags/"), name != "total_loss"))
@@ -223,10 +197,9 @@ def plot_losses(
         for axes, name in zip(panels, names, strict=False):
             for i, history in enumerate(histories.values()):
                 if name in history:
-                    points = np.array(sorted(history[name].items()))
-                    x, y = _thinned(points).T
-                    axes.plot(x, y, color=_color(i), alpha=0.25, linewidth=0.8)
-                    axes.plot(x, _running_median(y), color=_color(i))
+                    x, y = _thinned(np.array(sorted(history[name].items()))).T
+                    axes.plot(x, y, color=run_color(i), alpha=0.25, linewidth=0.8)
+                    axes.plot(x, _running_median(y), color=run_color(i))
             axes.set_title(_label(name), fontsize=10)
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             axes.set_xlabel("iteration", fontsize=9)
@@ -234,49 +207,41 @@ def plot_losses(
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         handles = [
-            axes.plot([], [], color=_color(i), label=_label(label))[0]
+            axes.plot([], [], color=run_color(i), label=_label(label))[0]
             for i, (label, history) in enumerate(histories.items())
             if history
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
 
 
-def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, label: str) -> None:
+def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, task: str) -> None:
     """AP of each bin of training instances, and their mean, with one line for each method.
 
     Args:
         rows: for each method, from top to bottom, "method", "trained" and {"mean", "std"} of AP1,
             AP2, ... and bAP.
-        path: the picture to write.
-        title: heading of the chart.
-        label: of the AP axis.
     """
     bins = sorted(key for key in rows[0] if key.startswith("AP") and key[2:] in set("123456789"))
-    series = [*zip(bins, RUN_COLORS, "os^D", strict=False), ("bAP", "black", "|")]
-    lines = np.arange(len(rows))
-    with _figure(path, 8, 1.6 + 0.3 * len(rows)) as figure:
-        axes = figure.subplots()
-        for key, color, marker in series:
-            means = [row[key]["mean"] if row[key]["mean"] is not None else np.nan for row in rows]
+    series = [(key, run_color(i), "os^D"[i % 4], 6) for i, key in enumerate(bins)]
+    xlabel = f"{_ap_label(task)}; bars: standard deviation over seeds"
+    with _chart(path, title, xlabel, height=1.6 + 0.3 * len(rows), legend=False) as axes:
+        for key, color, marker, size in [*series, ("bAP", "black", "|", 14)]:
+            means = [np.nan if row[key]["mean"] is None else row[key]["mean"] for row in rows]
             spreads = [row[key]["std"] or 0.0 for row in rows]
-            size = 14 if key == "bAP" else 6
-            axes.errorbar(
-                means, lines, xerr=spreads, fmt=marker, color=color, markersize=size, label=key
-            )
+            style = {"fmt": marker, "color": color, "markersize": size}
+            axes.errorbar(means, range(len(rows)), xerr=spreads, label=key, **style)
         names = [f"{_label(row['method'])}  ({row['trained']})" for row in rows]
-        axes.set_yticks(lines, names, fontsize=9)
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
         axes.invert_yaxis()
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"{label}; bars: standard deviation over seeds")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(printable(title), fontsize=11)
-        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
+        place = {"loc": "outside lower center", "ncols": len(series) + 1}
+        axes.figure.legend(**place, frameon=False, fontsize=9)
 
 
 @contextlib.contextmanager
 def _figure(path: str | Path, width: float, height: float) -> Iterator:
-    """A figure of so many inches, saved once the block ends."""
+    """A figure of this size in inches, saved once the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -293,48 +258,62 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator:
         file.write(content.getvalue())
 
 
+@contextlib.contextmanager
+def _chart(
+    path: str | Path,
+    title: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    height: float = 4,
+    legend: bool = True,
+) -> Iterator:
+    """The axes of a figure of one panel."""
+    with _figure(path, 8, height) as figure:
+        axes = figure.subplots()
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.set_title(printable(title), fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes
+        if legend:
+            axes.legend(frameon=False, fontsize=9)
+
+
+def _class_axis(axes, counts: Sequence[int], thresholds: Sequence[int]) -> None:
+    """A logarithmic x axis of training counts, with the edges of the groups."""
+    for edge in thresholds:
+        axes.axvline(edge, color="0.85", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("training instances of a class (grey lines: edges of the groups)")
+    _count_ticks(axes.xaxis, counts, thresholds)
+
+
+def _count_ticks(axis, counts: Sequence[int], thresholds: Sequence[int]) -> None:
+    largest = int(max([*counts, *thresholds, 1]))
+    zero = {_NONE: "0"} if len(counts) and min(counts) == 0 else {}
+    ticks = zero | {10**i: f"{10**i:,}" for i in range(len(str(largest)))}
+    axis.set_ticks(list(ticks), labels=list(ticks.values()))
+    axis.set_ticks([], minor=True)
+
+
 def _thinned(points: np.ndarray) -> np.ndarray:
-    """At most so many points as a picture shows, each the median of its neighbours."""
+    """At most as many points as a picture shows, each the median of its neighbours."""
     parts = np.array_split(points, min(len(points), _SHOWN_POINTS))
     return np.array([np.median(part, axis=0) for part in parts])
 
 
-def _running_median(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Median of each value's neighbourhood, a share of the whole wide."""
-    half = max(int(len(values) * share / 2), 1)
-    return np.array(
-        [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
-    )
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """Median over the twentieth of the values around each."""
+    half = max(len(values) // 40, 1)
+    windows = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
+    return np.array([np.median(window) for window in windows])
 
 
-def _on_log_axis(counts: Sequence[int]) -> np.ndarray:
-    """Where counts stand on a logarithmic axis: none at a half, below one."""
-    return np.maximum(counts, 0.5)
-
-
-def _count_axis(axes, counts: Sequence[int], thresholds: Sequence[int]) -> None:
-    for edge in thresholds:
-        axes.axvline(edge, color="0.85", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    largest = int(max([*counts, *thresholds, 1]))
-    zero = {0.5: "0"} if len(counts) and min(counts) == 0 else {}
-    ticks = zero | {10**i: f"{10**i:,}" for i in range(len(str(largest)))}
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("training instances of a class (grey lines: edges of the groups)")
-
-
-def _color(i: int) -> str:
-    return RUN_COLORS[i % len(RUN_COLORS)]
+def _ap_label(task: str) -> str:
+    return f"{'mask' if task == 'segm' else 'box'} AP (%)"
 
 
 def _label(text: str, longest: int = 60) -> str:
-    """A name as a chart shows it: one line, not too long, and no "_" first, which hides it."""
+    """A name as a chart shows it: one short line, without a leading "_", which would hide it."""
     text = printable(text).lstrip("_")
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
-
-
-def _finish(axes, title: str, **legend) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(printable(title), fontsize=11)
-    axes.legend(frameon=False, fontsize=9, **legend)

@@ -4,8 +4,7 @@ import datetime
 import math
 import reprlib
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..errors import BagsError, ConfigError
 from ..utils.files import write_atomically
 from ..utils.text import printable
 from .classifier import class_weight_norms
-from .crops import choose_crops, cut_crops
+from .crops import Crop, choose_crops, cut_crops
 from .detections import group_by, winning_groups
 from .grouping import bin_names
 from .plots import (
@@ -37,11 +36,12 @@ from .runs import (
     read_ground_truth,
 )
 
-__all__ = ["write_html_report"]
+__all__ = ["all_weight_norms", "all_winning_groups", "write_html_report"]
 
 _MEASURES = ("AP", "AP50", "AP75")
 _FREQUENCIES = ("APr", "APc", "APf")
 _CROPS_PER_KIND = 4
+_MOST_KEYS = 1000  # of a config; real ones have some hundred
 
 
 def write_html_report(
@@ -50,9 +50,7 @@ def write_html_report(
     thresholds: Sequence[int] | None = None,
     max_crops: int = 1500,
 ) -> None:
-    """Write the report.
-
-    Sections whose files are absent say so in one sentence.
+    """Write the report. Sections whose files are absent say so in one sentence.
 
     Args:
         runs: evaluated on the same classes, with labels of their own.
@@ -70,18 +68,18 @@ def write_html_report(
     check_comparable(runs)
     if thresholds is None:
         thresholds = configured_thresholds(runs)
-    first = runs[0]
+    first, last, is_comparison = runs[0], runs[-1], len(runs) > 1
     bins = {run.label: run.bin_measures(thresholds) for run in runs}
-    crops, crops_note = _crops(runs, max_crops)
-    environment = Environment(
+    crops, pictures, crops_note = _crops(runs, max_crops)
+    template = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html").render(
+    ).get_template("report.html")
+    html = template.render(
         title=f"{', '.join(run.label for run in runs)} on {first.dataset}",
-        runs=runs,
+        is_comparison=is_comparison,
         dataset=first.dataset,
         task=first.task,
         date=datetime.date.today().isoformat(),
@@ -92,14 +90,38 @@ def write_html_report(
         class_columns=[
             *("class", "training instances", "validation instances"),
             *(f"AP {run.label}" for run in runs),
-            *([f"{runs[-1].label} - {first.label}"] if len(runs) > 1 else []),
+            *([f"{last.label} - {first.label}"] if is_comparison else []),
         ],
         classes=_classes(runs, crops),
+        pictures=pictures,
         crops_note=crops_note,
     )
     with write_atomically(path) as file:
-        # Folders can have names that are no text.
+        # A folder's name need not be valid text.
         file.write(html.encode("utf-8", "replace").decode("utf-8"))
+
+
+def all_weight_norms(runs: Sequence[EvaluatedRun]) -> dict[str, np.ndarray]:
+    """Classifier weight norms (K,) by label of the run.
+
+    Of the model that a run trained or, if it only evaluated, that of its ``MODEL.WEIGHTS``.
+    """
+    norms = {}
+    for run in runs:
+        weights, evaluated = run.folder / "model_final.pth", run.config().get("MODEL.WEIGHTS")
+        if not weights.is_file() and isinstance(evaluated, str) and evaluated:
+            weights = evaluated
+        norms[run.label] = class_weight_norms(read_model_weights(weights), len(run.names)).numpy()
+    return norms
+
+
+def all_winning_groups(
+    runs: Sequence[EvaluatedRun], thresholds: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """What :func:`.detections.winning_groups` counts, by label of the run."""
+    images = read_ground_truth(runs[0]).values()
+    objects = [annotation for image in images for annotation in image["annotations"]]
+    return {r.label: winning_groups(objects, r.detections(), r.count_of, thresholds) for r in runs}
 
 
 def _measures(runs: Sequence[EvaluatedRun], bins: dict[str, dict]) -> dict[str, list]:
@@ -110,13 +132,7 @@ def _measures(runs: Sequence[EvaluatedRun], bins: dict[str, dict]) -> dict[str, 
     best = [max((v for v in column if v is not None), default=None) for column in columns]
     shown = [i for i, value in enumerate(best) if value is not None]
     rows = [
-        {
-            "label": label,
-            "cells": [
-                {"text": _text(of[i], ".1f"), "best": len(runs) > 1 and of[i] == best[i]}
-                for i in shown
-            ],
-        }
+        (label, [(_text(of[i], ".1f"), len(runs) > 1 and of[i] == best[i]) for i in shown])
         for label, of in values.items()
     ]
     return {"measure_names": [names[i] for i in shown], "measures": rows}
@@ -132,10 +148,10 @@ def _config(runs: Sequence[EvaluatedRun]) -> dict:
         cfg = get_cfg()
         add_bags_config(cfg)
         configs["default"] = dict(flat_items(yaml.safe_load(cfg.dump())))
-    short = reprlib.Repr()  # what aliases stand for can be endless
+    short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxstring = 4, 40, 200
     rows = []
-    for key in sorted(set().union(*configs.values()) - {"OUTPUT_DIR"}):
+    for key in sorted(set().union(*configs.values()) - {"OUTPUT_DIR"})[:_MOST_KEYS]:
         values = [of.get(key, "-") for of in configs.values()]
         texts = [printable(v)[:500] if isinstance(v, str) else short.repr(v) for v in values]
         if len(set(texts)) > 1:
@@ -143,36 +159,45 @@ def _config(runs: Sequence[EvaluatedRun]) -> dict:
     return {"rows": rows, "columns": list(configs), "absent": "Nothing but the folder."}
 
 
-# --- charts --------------------------------------------------------------------------------------
-
-
 def _charts(
     runs: Sequence[EvaluatedRun], bins: dict[str, dict], thresholds: Sequence[int]
 ) -> list[dict]:
     first, last = runs[0], runs[-1]
-    counts, ends = first.training_instances, [first] if first is last else [first, last]
+    counts = first.training_instances
+
+    def bars(path: Path) -> None:
+        plot_ap_bins(bins, path, thresholds, task=first.task)
+
+    def norms(path: Path) -> None:
+        plot_weight_norms(all_weight_norms(runs), counts, path, thresholds)
+
+    def change(path: Path) -> None:
+        labels = first.label, last.label
+        plot_class_ap_change(counts, first.ap, last.ap, labels, path, thresholds)
+
+    def winners(path: Path) -> None:
+        ends = [first] if first is last else [first, last]
+        plot_winning_groups(all_winning_groups(ends, thresholds), thresholds, path)
+
+    def losses(path: Path) -> None:
+        histories = {run.label: loss_history(run.folder) for run in runs}
+        if not any(histories.values()):
+            raise ConfigError("no run has a metrics.json with losses; evaluation writes none.")
+        plot_losses(histories, path)
+
     charts = []
-
-    def add(caption: str, draw: Callable[..., None], *arguments, wide: bool = False) -> None:
-        charts.append(_chart(caption, lambda path: draw(*arguments, path=path), wide))
-
     if first.is_counted:
-        by_bin = partial(plot_ap_bins, thresholds=thresholds, task=first.task)
-        add("AP by training instances", by_bin, bins)
-        add("Classifier weights", _plot_norms, runs, thresholds)
+        charts += [_chart("AP by training instances", bars), _chart("Classifier weights", norms)]
         if len(runs) > 1:
-            change = partial(plot_class_ap_change, thresholds=thresholds)
-            labels = first.label, last.label
             caption = f"AP of each class, {first.label} to {last.label}"
-            add(caption, change, counts, first.ap, last.ap, labels, wide=True)
+            charts.append(_chart(caption, change, wide=True))
         caption = "What scores highest where an object is, by groups of training instances"
-        add(caption, _plot_winners, ends, thresholds, wide=True)
-    add("Losses in training", _plot_losses, runs, wide=True)
-    return charts
+        charts.append(_chart(caption, winners, wide=True))
+    return [*charts, _chart("Losses in training", losses, wide=True)]
 
 
-def _chart(caption: str, draw: Callable[[Path], None], wide: bool) -> dict:
-    """A chart as SVG; what it lacks, if a file that it needs is not there."""
+def _chart(caption: str, draw: Callable[[Path], None], wide: bool = False) -> dict:
+    """A chart as SVG, or what is missing for it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chart.svg"
         try:
@@ -183,38 +208,7 @@ def _chart(caption: str, draw: Callable[[Path], None], wide: bool) -> dict:
     return {"caption": caption, "svg": svg[svg.index("<svg") :], "wide": wide}
 
 
-def _plot_norms(runs: Sequence[EvaluatedRun], thresholds: Sequence[int], path: Path) -> None:
-    norms = {}
-    for run in runs:
-        # What a run trained or, if it only evaluated, the checkpoint that it evaluated.
-        weights = run.folder / "model_final.pth"
-        evaluated = run.config().get("MODEL.WEIGHTS")
-        if not weights.is_file() and isinstance(evaluated, str) and evaluated:
-            weights = Path(evaluated)
-        norms[run.label] = class_weight_norms(read_model_weights(weights), len(run.names))
-    plot_weight_norms(norms, runs[0].training_instances, path, thresholds)
-
-
-def _plot_winners(runs: Sequence[EvaluatedRun], thresholds: Sequence[int], path: Path) -> None:
-    images = read_ground_truth(runs[0]).values()
-    truth = [annotation for image in images for annotation in image["annotations"]]
-    matrices = {
-        run.label: winning_groups(truth, run.detections(), run.count_of, thresholds) for run in runs
-    }
-    plot_winning_groups(matrices, thresholds, path)
-
-
-def _plot_losses(runs: Sequence[EvaluatedRun], path: Path) -> None:
-    histories = {run.label: loss_history(run.folder) for run in runs}
-    if not any(histories.values()):
-        raise ConfigError("no run has a metrics.json with losses; evaluation alone writes none.")
-    plot_losses(histories, path)
-
-
-# --- classes -------------------------------------------------------------------------------------
-
-
-def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list[dict]]) -> list[dict]:
+def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list]) -> list[dict]:
     """Rows of the table, the rarest class first."""
     first, last = runs[0], runs[-1]
     rows = []
@@ -226,77 +220,64 @@ def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list[dict]]) -> list
             *(_cell(run.ap[i], ".1f") for run in runs),
             *([_cell(last.ap[i] - first.ap[i], "+.1f")] if len(runs) > 1 else []),
         ]
-        name = printable(first.names[i]) or f"class {first.category_ids[i]}"
-        rows.append(
-            {"name": name, "cells": cells, "crops": crops.get(i), "untrained": trained == 0}
-        )
+        row = {"cells": cells, "crops": crops.get(i), "untrained": trained == 0}
+        row["name"] = printable(first.names[i]) or f"class {first.category_ids[i]}"
+        rows.append(row)
     return rows
 
 
-def _cell(value: float | None, style: str) -> dict:
+def _cell(value: float | None, style: str) -> tuple[float | str, str]:
+    """What a cell is sorted by, and what it shows."""
     text = _text(value, style)
-    return {"value": "" if text == "-" else float(value), "text": text}
+    return "" if text == "-" else float(value), text
 
 
 def _text(value: float | None, style: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, style)
 
 
-def _crops(runs: Sequence[EvaluatedRun], max_crops: int) -> tuple[dict[int, list[dict]], str]:
-    """Crops of each class by its position, and a sentence about them."""
+def _crops(
+    runs: Sequence[EvaluatedRun], max_crops: int
+) -> tuple[dict[int, list[tuple[str, list[Crop]]]], dict[Crop, str], str]:
+    """For classes by position, each run's label and crops; the pictures; a sentence about them."""
     first = runs[0]
     try:
         images = read_ground_truth(first)
         detections = [group_by(run.detections(), "category_id") for run in runs]
     except (BagsError, OSError) as error:
-        return {}, f"No crops: {error}"
-    truth: dict[Hashable, dict[Hashable, list]] = {}
-    for image_id, image in images.items():
-        for annotation in image["annotations"]:
-            if not annotation["iscrowd"]:
-                of_class = truth.setdefault(annotation["category_id"], {})
-                of_class.setdefault(image_id, []).append(annotation)
-    chosen: dict[int, list[list]] = {}
+        return {}, {}, f"No crops: {error}"
+    objects = group_by((a for im in images.values() for a in im["annotations"]), "category_id")
+    chosen: dict[int, list[list[Crop]]] = {}
     left = max_crops
     for i in _by_interest(runs):
         category = first.category_ids[i]
+        own = objects.get(category, ())
         of_runs = [
-            choose_crops(
-                category, truth.get(category, {}), d.get(category, ()), images, _CROPS_PER_KIND
-            )
+            choose_crops(category, own, d.get(category, ()), images, _CROPS_PER_KIND)
             for d in detections
         ]
         left -= sum(map(len, of_runs))
         if left < 0:
             break
         chosen[i] = of_runs
-    cut = cut_crops(
-        {crop for of_runs in chosen.values() for of_run in of_runs for crop in of_run},
-        {image_id: image["file_name"] for image_id, image in images.items()},
-    )
-    if not cut and any(map(any, chosen.values())):
-        return {}, f"No crops: the images of '{first.dataset}' cannot be read here."
+    pictures = cut_crops({c for of_runs in chosen.values() for of in of_runs for c in of}, images)
+    if not pictures and any(map(any, chosen.values())):
+        return {}, {}, f"No crops: the images of '{first.dataset}' cannot be read here."
     crops = {
         i: [
-            {
-                "label": run.label,
-                "crops": [
-                    {"kind": c.kind, "text": c.text, "source": cut[c]} for c in of_run if c in cut
-                ],
-            }
+            (run.label, [crop for crop in of_run if crop in pictures])
             for run, of_run in zip(runs, of_runs, strict=True)
         ]
         for i, of_runs in chosen.items()
     }
-    left_out = len(first.names) - len(chosen)
     note = (
         f"Click a class to see up to {_CROPS_PER_KIND} of its best right (solid) and wrong "
         "(dashed) detections at an IoU of 0.5, and of its objects that were missed (dotted: no "
         "right detection scores 0.3)."
     )
-    if left_out:
+    if left_out := len(first.names) - len(chosen):
         note += f" {left_out} classes have none, to keep this page small (--max-crops)."
-    return crops, note
+    return crops, pictures, note
 
 
 def _by_interest(runs: Sequence[EvaluatedRun]) -> list[int]:

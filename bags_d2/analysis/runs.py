@@ -6,6 +6,7 @@ Shapes: K classes.
 import argparse
 import csv
 import json
+import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
 from ..config import rename_keys
+from ..data.annotations import read_annotations
 from ..data.datasets import dataset_annotations, register_from_config
 from ..engine.setup import setup_cfg
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 RESULT_FILES = ("lvis_instances_results.json", "coco_instances_results.json")
-# Of coordinates, scores, counts and losses; whatever is larger is no number of a run.
+# Of coordinates, scores, counts and losses: no run has larger ones.
 _LARGEST = 1e12
 # What reading fields of unknown shape raises.
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, csv.Error)
@@ -68,7 +69,7 @@ class EvaluatedRun:
         return dict(zip(self.category_ids, self.training_instances.tolist(), strict=True))
 
     def bin_measures(self, thresholds: Sequence[int]) -> dict[str, float | None]:
-        """AP1, AP2, ... and bAP by any bins of training instances; None for empty ones."""
+        """AP1, AP2, ... and bAP for any bins of training instances; None for empty ones."""
         if not self.is_counted:
             return {}
         bins = ap_per_bin(self.ap, self.training_instances, thresholds)
@@ -76,7 +77,7 @@ class EvaluatedRun:
         return {name: None if np.isnan(ap) else ap for name, ap in bins.items()}
 
     def config(self) -> dict[str, Any]:
-        """Its ``config.yaml``, nested keys joined by dots; {} if there is none that can be read."""
+        """Its ``config.yaml``, nested keys joined by dots; {} if it is missing or unreadable."""
         try:
             content = load_yaml(self.folder / "config.yaml")
             rename_keys(content)
@@ -85,10 +86,10 @@ class EvaluatedRun:
             return {}
 
     def detections(self) -> list[dict]:
-        """Its detections in COCO's results format, of the evaluated classes.
+        """Its detections of the evaluated classes, in COCO's results format.
 
         Raises:
-            MissingFileError: if their file is gone.
+            MissingFileError: if their file does not exist.
             DataError: if it is not what evaluation writes.
         """
         folder = self.folder / "inference" / self.dataset
@@ -102,64 +103,56 @@ class EvaluatedRun:
                 rows[i] = {
                     "image_id": _id(row["image_id"]),
                     "category_id": _id(row["category_id"]),
-                    "bbox": _box(row["bbox"]),
+                    "bbox": _box(*row["bbox"]),
                     "score": _number(row["score"]),
                 }
+            return [row for row in rows if row["category_id"] in known]
         except _MALFORMED as error:
             raise DataError(
                 f"'{path}' does not hold detections ({error!r:.200}); evaluate again."
             ) from None
-        return [row for row in rows if row["category_id"] in known]
 
 
 def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
-    """Images of the data set that a run was evaluated on, by id, as Detectron2's records.
+    """The images that a run was evaluated on, by id.
 
-    Annotations have the category ids of the annotation file, and the image's id as well.
+    Returns:
+        For each image its "file_name", its objects of the evaluated classes ("annotations", with
+        the ids of the annotation file; no crowds) and, of LVIS, its two lists of categories.
 
     Raises:
         ConfigError: if the data set is not registered.
-        MissingFileError: if its annotation file does not exist.
-        DataError: if it cannot be read.
+        MissingFileError, DataError: if its annotation file does not exist or cannot be read.
     """
-    name = run.dataset
-    if name not in DatasetCatalog:
+    if run.dataset not in DatasetCatalog:
         raise ConfigError(
-            f"Data set '{name}' of '{run.folder}' is not registered here; add --config-file with "
-            "the config of the run."
+            f"Data set '{run.dataset}' of '{run.folder}' is not registered here; add --config-file "
+            "with the config of the run."
         )
-    known = set(run.category_ids)
-    try:
-        read = dataset_annotations(name)
-        records = DatasetCatalog.get(name)
-        to_contiguous = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") or {}
-        id_of = {c: _id(i) for i, c in to_contiguous.items()}
-        images = {}
-        for record in records:
-            image_id = record["image_id"]
-            image_id = _id(image_id if read is None else read.images.outside_of(image_id))
-            annotations = [
-                {
-                    "image_id": image_id,
-                    "category_id": id_of.get(a["category_id"], a["category_id"]),
-                    "bbox": _box(BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)),
-                    "iscrowd": a.get("iscrowd", 0),
-                }
-                for a in record["annotations"]
-            ]
-            federated = {
-                key: {
-                    _id(i if read is None else read.categories.outside_of(i)) for i in record[key]
-                }
-                for key in ("neg_category_ids", "not_exhaustive_category_ids")
-                if key in record
-            }
-            images[image_id] = {"file_name": record["file_name"], **federated}
-            images[image_id]["annotations"] = [a for a in annotations if a["category_id"] in known]
-    except BagsError:
-        raise
-    except (*_MALFORMED, AssertionError, OSError) as error:
-        raise DataError(f"The ground truth of '{name}' cannot be read ({error!r:.200}).") from None
+    truth, metadata = dataset_annotations(run.dataset), MetadataCatalog.get(run.dataset)
+    if truth is None:  # The loader is the user's own; evaluation read the file in the metadata.
+        if metadata.get("json_file") is None:
+            raise DataError(
+                f"Data set '{run.dataset}' has no json_file in its metadata; register it with its "
+                "annotation file."
+            )
+        truth = read_annotations(metadata.json_file)
+    known, ids = set(run.category_ids), [_id(i) for i in truth.categories.outside]
+    is_lvis, root = metadata.get("evaluator_type") == "lvis", metadata.get("image_root") or ""
+    boxes, classes, is_object = (a.tolist() for a in (truth.boxes, truth.classes, truth.is_object))
+    images = {}
+    for position, image in enumerate(truth.image_rows):
+        image_id = _id(truth.images.outside[position])
+        images[image_id] = record = {
+            "file_name": os.path.join(root, truth.file_name(position, is_lvis)),
+            "annotations": [
+                {"image_id": image_id, "category_id": ids[classes[i]], "bbox": boxes[i]}
+                for i in truth.rows_of_image(position)
+                if is_object[i] and ids[classes[i]] in known
+            ],
+        }
+        for key in ("neg_category_ids", "not_exhaustive_category_ids") if is_lvis else ():
+            record[key] = {ids[c] for c in image[key] or ()}
     return images
 
 
@@ -169,35 +162,31 @@ def read_run(
     """Read what evaluation has left in an OUTPUT_DIR.
 
     Args:
-        folder: the OUTPUT_DIR.
         label: what to call it; None takes the folder's name.
         dataset: which of several evaluated data sets; None if there is one.
-        task: "bbox" or "segm".
 
     Raises:
         MissingFileError: if there is no evaluation in it.
         ConfigError: if it holds several data sets and none is named.
         DataError: if a file is not what evaluation writes.
     """
-    folder = Path(folder)
-    pattern = f"inference/*/per_class_{task}.csv"
-    tables = {path.parent.name: path for path in sorted(folder.glob(pattern))}
-    if dataset is None and len(tables) > 1:
-        raise ConfigError(
-            f"'{folder}' has evaluations of {', '.join(tables)}; name one (--dataset)."
-        )
-    if not tables or (dataset is not None and dataset not in tables):
+    folder, pattern = Path(folder), f"inference/*/per_class_{task}.csv"
+    paths = [p for p in sorted(folder.glob(pattern)) if dataset in (None, p.parent.name)]
+    if not paths:
         what = f"of '{dataset}' " if dataset else ""
         raise MissingFileError(
             f"'{folder}' has no {task} evaluation {what}({pattern}); run "
             "train_net.py --eval-only with this OUTPUT_DIR."
         )
-    dataset = dataset or next(iter(tables))
+    if len(paths) > 1:
+        found = ", ".join(path.parent.name for path in paths)
+        raise ConfigError(f"'{folder}' has evaluations of {found}; name one (--dataset).")
+    path, dataset = paths[0], paths[0].parent.name
     results = load_json(folder / "inference" / "results.json")
     try:
-        measures = results.get(dataset, results)[task]
-        with open(require_file(tables[dataset]), newline="", encoding="utf-8") as file:
+        with open(require_file(path), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        measures = results.get(dataset, results)[task]
         run = EvaluatedRun(
             label=printable(label or folder.resolve().name),
             folder=folder,
@@ -215,8 +204,8 @@ def read_run(
         return run
     except _MALFORMED as error:
         raise DataError(
-            f"'{tables[dataset]}' or 'results.json' beside it is not what evaluation writes "
-            f"({error!r:.200}); evaluate again."
+            f"'{path}' or 'results.json' beside it is not what evaluation writes ({error!r:.200}); "
+            "evaluate again."
         ) from None
 
 
@@ -230,8 +219,8 @@ def read_runs(
     """Read the runs that a command names, and register the data sets of the first one.
 
     Raises:
-        ConfigError: if labels are too few or too many, or the runs cannot be compared; for the
-            rest see :func:`read_run` and :func:`register_data_sets`.
+        ConfigError: if there are too few or too many labels, or the runs cannot be compared; for
+            the rest see :func:`read_run` and :func:`register_data_sets`.
     """
     labels = labels or [None] * len(folders)
     if len(labels) != len(folders):
@@ -243,7 +232,7 @@ def read_runs(
 
 
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
-    """Refuse runs that share a name, or are of different classes (ConfigError)."""
+    """Refuse runs that share a name or are of different classes (ConfigError)."""
     labels = [run.label for run in runs]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"Runs share a name among {', '.join(labels)}; add --labels.")
@@ -256,7 +245,7 @@ def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def register_data_sets(folder: str | Path, config_file: str | None = None) -> None:
-    """Register what the ``config.yaml`` of an OUTPUT_DIR registers, or that of another config.
+    """Register the data sets of an OUTPUT_DIR's ``config.yaml``, or those of another config.
 
     Raises:
         MissingFileError, ConfigError: if the config is missing or faulty.
@@ -272,7 +261,7 @@ def register_data_sets(folder: str | Path, config_file: str | None = None) -> No
 
 
 def configured_thresholds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
-    """The edges of the class groups in the runs' configs: the last run's that states them."""
+    """The edges of the class groups in the runs' configs: those of the last run that has any."""
     for run in reversed(runs):
         edges = run.config().get("MODEL.BAGS.GROUP_THRESHOLDS")
         is_list = isinstance(edges, list) and all(type(e) is int for e in edges)
@@ -282,10 +271,9 @@ def configured_thresholds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
 
 
 def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
-    """The losses in an OUTPUT_DIR's ``metrics.json``: for each its value by iteration.
+    """The losses in an OUTPUT_DIR's ``metrics.json``: for each its last value by iteration.
 
-    The last one logged counts. Lines that are cut off, as where a run was killed, and values that
-    are no numbers are left out.
+    Truncated lines, as where a run was killed, and values that are not numbers are left out.
     """
     history: dict[str, dict[int, float]] = {}
     path = Path(folder) / "metrics.json"
@@ -296,33 +284,27 @@ def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
             try:
                 row = json.loads(line)
                 iteration = int(_number(row["iteration"]))
-                numbers = {name: _number_or_none(value) for name, value in row.items()}
+                values = {name: _number_or_none(value) for name, value in row.items()}
             except (*_MALFORMED, RecursionError):
                 continue
-            for name, value in numbers.items():
+            for name, value in values.items():
                 is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
                 if is_loss and value is not None:
                     history.setdefault(printable(name), {})[iteration] = value
     return history
 
 
-def flat_items(
-    node: Any, prefix: str = "", left: list[int] | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Keys joined by dots, with their values; the first 5,000, since aliases can stand for more."""
-    left = [5000] if left is None else left
+def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts with their keys joined by dots."""
     for key, value in node.items() if isinstance(node, dict) else ():
-        left[0] -= 1
-        if left[0] < 0:
-            return
-        if isinstance(value, dict) and prefix.count(".") < 20:
-            yield from flat_items(value, f"{prefix}{key}.", left)
+        if isinstance(value, dict):
+            yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _id(value: Any) -> Hashable:
-    """An id as an integer, if it can be one, since a table does not tell 7 from "7"."""
+    """An id as an integer, if it can be one, since a table cannot distinguish 7 from "7"."""
     if not isinstance(value, int | str):
         raise TypeError(f"an id of {value!r:.50}")
     try:
@@ -331,21 +313,20 @@ def _id(value: Any) -> Hashable:
         return value
 
 
-def _number(value: Any) -> float:
-    # NaN is within no limit.
-    if not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        raise ValueError(f"a number of {value!r:.50}")
-    return float(value)
-
-
 def _number_or_none(value: Any) -> float | None:
-    return _number(value) if isinstance(value, int | float) and abs(value) < _LARGEST else None
+    # NaN is not within any limit.
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else None
+
+
+def _number(value: Any) -> float:
+    if (number := _number_or_none(value)) is None:
+        raise ValueError(f"a number of {value!r:.50}")
+    return number
 
 
 def _count(text: str, if_unknown: int) -> int:
     return int(_number(int(text))) if text else if_unknown
 
 
-def _box(values: Sequence[Any]) -> tuple[float, float, float, float]:
-    x, y, width, height = map(_number, values)
-    return x, y, width, height
+def _box(x: Any, y: Any, width: Any, height: Any) -> tuple[float, ...]:
+    return _number(x), _number(y), _number(width), _number(height)

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bags_d2.analysis.drawing import best_instances, draw_instances, place_labels, side_by_side
+from bags_d2.analysis.drawing import best_instances, draw_instances, grid, place_labels
 
 RARE, FREQUENT = (0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)
 
@@ -133,9 +133,9 @@ def test_300_detections_of_long_names_are_drawn_quickly_and_any_script():
 
 def test_pictures_side_by_side():
     a, b = np.zeros((5, 4, 3), np.uint8), np.full((5, 6, 3), 9, np.uint8)
-    row = side_by_side([a, b], gap=2)
+    row = grid([[a, b]], gap=2)
     assert row.shape == (5, 12, 3)
     assert np.array_equal(row[:, :4], a)
     assert np.array_equal(row[:, 6:], b)
     assert (row[:, 4:6] == 255).all()
-    assert np.array_equal(side_by_side([a]), a)
+    assert np.array_equal(grid([[a]]), a)

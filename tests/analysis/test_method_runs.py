@@ -14,7 +14,7 @@ import pytest
 from detectron2.data import MetadataCatalog
 
 from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
-from bags_d2.analysis.comparison import summarize, write_report
+from bags_d2.analysis.comparison import summarize, write_comparison
 from bags_d2.analysis.method_runs import BASELINE, Comparison, Kind
 from bags_d2.utils.files import FolderInUseError, lock_folder
 from bags_d2.utils.processes import ProcessError, run_logged
@@ -155,7 +155,7 @@ def test_the_report_has_means_over_seeds_and_every_run(comparison, tmp_path):
     assert rows["bags"]["gain"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5)}
     assert rows[BASELINE]["gain"] == {"mean": 0.0, "std": 0.0}
     assert all(row["gain"]["mean"] is None for row in summarize(runs[3:]))
-    table = write_report(runs, tmp_path, "Title")
+    table = write_comparison(runs, tmp_path, "Title")
     assert "22.0 ± 1.0" in table
     assert (tmp_path / "comparison.md").read_text() == table
     assert json.loads((tmp_path / "comparison.json").read_text()) == summarize(runs)
@@ -187,7 +187,7 @@ def test_damaged_files_are_named(comparison, tmp_path):
     with pytest.raises(DataError, match=r"results\.json' must hold numbers"):
         summarize([run])
     with pytest.raises(ConfigError, match=r"no measures of --task segm, only bbox"):
-        write_report([run], tmp_path, "Title", "segm")
+        write_comparison([run], tmp_path, "Title", "segm")
     for content in ("[]", "{"):
         (run.folder / "settings.json").write_text(content)
         with pytest.raises(DataError, match=r"settings\.json'"):

@@ -108,17 +108,14 @@ def _box(image_id, box, score=None):
 
 
 def test_right_wrong_and_missed():
-    truth = {
-        1: [_box(1, [0, 0, 10, 10])],
-        2: [_box(2, [0, 0, 10, 10]), _box(2, [30, 0, 10, 10])],
-    }
+    objects = [_box(1, [0, 0, 10, 10]), _box(2, [0, 0, 10, 10]), _box(2, [30, 0, 10, 10])]
     detections = [
         _box(1, [0, 0, 10, 10], 0.2),  # right, but not sure enough to count as found
         _box(1, [0, 0, 10, 9], 0.1),  # a second one on the same object
         _box(2, [30, 0, 10, 10], 0.9),
         _box(3, [0, 0, 5, 5], 0.8),
     ]
-    crops = choose_crops(7, truth, detections, {}, per_kind=9)
+    crops = choose_crops(7, objects, detections, {}, per_kind=9)
     found = [(c.kind, c.image_id, c.score) for c in crops]
     assert found == [
         ("right", 2, 0.9),
@@ -129,7 +126,7 @@ def test_right_wrong_and_missed():
         ("missed", 2, None),
     ]
     assert crops[-1].box == (0, 0, 10, 10)
-    few = choose_crops(7, truth, detections, {}, per_kind=1)
+    few = choose_crops(7, objects, detections, {}, per_kind=1)
     assert [c.kind for c in few] == ["right", "wrong", "missed"]
 
 
@@ -140,7 +137,7 @@ def test_nothing_is_wrong_where_a_class_was_not_annotated():
         2: {"neg_category_ids": [7]},
         3: {"neg_category_ids": [7], "not_exhaustive_category_ids": [7]},
     }
-    crops = choose_crops(7, {}, detections, images, 9)
+    crops = choose_crops(7, [], detections, images, 9)
     assert [(c.kind, c.image_id) for c in crops] == [("wrong", 2)]
 
 
@@ -148,8 +145,8 @@ def test_boxes_of_any_place_and_size_are_cut(tmp_path):
     cv2.imwrite(str(tmp_path / "1.png"), np.zeros((20, 400, 3), np.uint8))
     boxes = [[0, 0, 400, 20], [399, 19, 1, 1], [-5, -5, 4, 4], [390, 5, 100, 100], [5, 5, 0, 0]]
     detections = [_box(1, box, 0.5) for box in boxes]
-    crops = choose_crops(7, {}, detections, {}, 9)
-    cut = cut_crops([*crops, *crops], {1: str(tmp_path / "1.png")})
+    crops = choose_crops(7, [], detections, {}, 9)
+    cut = cut_crops([*crops, *crops], {1: {"file_name": str(tmp_path / "1.png")}})
     assert len(cut) == len(set(crops)) == 5
     assert cut_crops(crops, {}) == {}
 

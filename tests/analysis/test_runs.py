@@ -1,18 +1,22 @@
 """What runs left behind, and which group won where an object is."""
 
 import csv
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
+from bags_d2.analysis.demo import draw_comparison
 from bags_d2.analysis.detections import winning_groups
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.runs import configured_thresholds, loss_history, read_ground_truth, read_run
@@ -72,13 +76,16 @@ def test_winners_are_those_of_the_definition(seed):
     assert expected.sum() == 15
 
 
-def test_crowds_are_no_objects_and_nothing_detected_is_missed():
-    truth = [
-        {"image_id": 1, "category_id": 3, "bbox": [0, 0, 5, 5], "iscrowd": 1},
-        {"image_id": 1, "category_id": 8, "bbox": [0, 0, 5, 5]},
-    ]
-    matrix = winning_groups(truth, [], COUNT_OF, THRESHOLDS)
-    assert matrix.sum() == matrix[1, -1] == 1
+def test_crowds_are_no_objects_and_nothing_detected_is_missed(make_run):
+    path = Path(make_run.annotations)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    run = read_run(make_run("one", [1.0, 2.0, 3.0, 4.0]))
+    objects = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
+    matrix = winning_groups(objects, [], COUNT_OF, THRESHOLDS)
+    assert matrix[:, -1].tolist() == [1, 1, 0, 2]
+    assert matrix.sum() == 4
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def make_run(tmp_path, write_lvis, register):
     """``make_run(name, aps)``: the folder of a run evaluated on a registered data set."""
     names = {3: "ant", 8: "bee", 20: "çat", 21: "dog"}
     annotations = write_lvis(names, [(1, 3), (1, 8), (2, 20), (2, 21), (2, 21)])
-    dataset = register("runs_val", annotations)
+    dataset = register("runs_val", annotations, str(tmp_path))
 
     def make(name, aps, task="bbox"):
         measures = {"AP": 30.0, "AP1": 10.0, "AP2": None, "AP3": None, "AP4": 50.0, "bAP": 30.0}
@@ -188,6 +195,18 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path):
     plot_winning_groups({"a": np.zeros((4, 6), int)}, THRESHOLDS, tmp_path / "zeros.png")
 
 
+def test_the_ground_truth_of_a_loader_of_ones_own(make_run):
+    run = read_run(make_run("one", [1.0, 2.0, 3.0, 4.0]))
+    expected = read_ground_truth(run)
+    assert [len(image["annotations"]) for image in expected.values()] == [2, 3]
+    loader = DatasetCatalog.pop(run.dataset)
+    DatasetCatalog.register(run.dataset, lambda: loader())
+    assert read_ground_truth(run) == expected
+    MetadataCatalog.pop(run.dataset)
+    with pytest.raises(DataError, match="no json_file"):
+        read_ground_truth(run)
+
+
 def _tool(*arguments):
     command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
     # In the C locale, whose encoding is ASCII.
@@ -224,3 +243,17 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
     assert "add --config-file" in without.stderr
     same = _tool(first, first, "--output", out)
     assert "Runs share a name among one, one" in same.stderr
+
+
+def test_pictures_of_runs_have_a_column_for_each_and_one_for_the_truth(make_run, tmp_path):
+    for i in (1, 2):
+        cv2.imwrite(str(tmp_path / f"{i}.jpg"), np.full((32, 32, 3), 200, dtype=np.uint8))
+    names = ["one", "two"]
+    runs = [read_run(make_run(name, [1.0, 2.0, 3.0, 4.0])) for name in names]
+    labels = dict.fromkeys(COUNT_OF, "Я")
+    draw_comparison(runs, labels, tmp_path / "out.png")
+    height, width = cv2.imread(str(tmp_path / "out.png")).shape[:2]
+    assert 1.3 < width / height < 1.5  # 3 columns, 2 rows with a title and a legend
+    draw_comparison(runs, labels, tmp_path / "out.png", rows=1)
+    height, width = cv2.imread(str(tmp_path / "out.png")).shape[:2]
+    assert width / height > 2
