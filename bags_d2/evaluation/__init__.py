@@ -2,10 +2,10 @@
 
 from .bins import ap_per_bin, balanced_ap, bin_index
 from .coco_evaluation import LongTailCOCOEvaluator
+from .ground_truth import PredictionError
 from .lvis_evaluation import (
     AnnotationError,
     LongTailLVISEvaluator,
-    PredictionError,
     evaluate_lvis_predictions,
 )
 

@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import pycocotools.mask as mask_utils
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from hotcoco import COCOeval, StreamingEval
 
 from ..errors import ConfigError, DataError
-from .ap_fixed import BestDetections, run_without_image_cap
-from .bins import (
-    DEFAULT_COUNT_THRESHOLDS,
-    ap_per_bin,
-    balanced_ap,
-    bin_index,
-    bin_table,
-    per_class_ap,
-    write_per_class_csv,
-)
-from .ground_truth import GroundTruth
+from ..utils.files import write_atomically
+from .ap_fixed import BestDetections, evaluate_without_image_cap, mask_areas
+from .bins import DEFAULT_COUNT_THRESHOLDS
+from .class_report import ClassReport
+from .ground_truth import GroundTruth, PredictionError
 
 __all__ = [
     "AnnotationError",
-    "LVISResult",
     "LongTailLVISEvaluator",
     "PredictionError",
     "evaluate_lvis_predictions",
@@ -48,34 +38,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("bbox", "segm")
 # hotcoco's StreamingEval applies the cap of the LVIS challenge whatever it is asked for.
 MAX_DETS_LIMIT = 300
 
-_FREQUENCIES = ("r", "c", "f")
-_GEOMETRY_KEY = {"bbox": "bbox", "segm": "segmentation"}
+_GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
 
 # What a faulty annotation file raises, under the name that evaluation has always exported.
 AnnotationError = DataError
-
-
-class PredictionError(DataError):
-    """Predictions do not fit the annotation file, or are not numbers."""
-
-
-@dataclass(frozen=True)
-class LVISResult:
-    """Measures of one IoU type, all in percent; NaN where no class or object defines them.
-
-    Attributes:
-        metrics: AP, AP50, ..., AR@300 and, with training counts, AP1, ..., bAP.
-        ap: (C,) AP of each evaluated category, in id order.
-        ap50: (C,) AP at IoU 0.5.
-    """
-
-    metrics: dict[str, float]
-    ap: np.ndarray
-    ap50: np.ndarray
 
 
 def evaluate_lvis_predictions(
@@ -103,8 +72,7 @@ def evaluate_lvis_predictions(
 
     Returns:
         Measure -> percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300,
-        ARl@300, AP1.., bAP.
-        NaN where nothing in the ground truth defines the measure.
+        ARl@300, AP1, AP2, ..., bAP. NaN where nothing in the ground truth defines the measure.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -113,18 +81,17 @@ def evaluate_lvis_predictions(
         DataError: for an annotation file that is not in LVIS format, and class counts that do not
             fit.
     """
-    _check_tasks((iou_type,))
-    _check_max_dets(max_dets_per_image)
+    _check_options((iou_type,), max_dets_per_image)
     truth = GroundTruth(json_file)
     if not truth.annotations.has_annotations:
         raise DataError(f"'{truth.path}' has no annotations to evaluate against.")
     truth.annotations.require_federated()
-    counts = None if class_counts is None else truth.training_instances(class_counts)
+    report = ClassReport(truth, class_counts, count_thresholds)
 
     images, categories = truth.annotations.images, truth.annotations.categories
-    by_image: list[list[dict]] = [[] for _ in range(len(images))]
+    by_image = defaultdict(list)
     for detection in detections:
-        position = _image_position(detection["image_id"], truth)
+        image = truth.image_position(detection["image_id"])
         category = categories.position(detection["category_id"])
         if category is None:
             raise PredictionError(
@@ -132,15 +99,13 @@ def evaluate_lvis_predictions(
                 f"{detection['category_id']}, which {truth.path} does not list; use the file's "
                 "category ids."
             )
-        ids = {"image_id": images.inside[position], "category_id": categories.inside[category]}
-        by_image[position].append({**detection, **ids})
-    stream = StreamingEval(truth.category_rows(), iou_type, lvis_style=True)
-    for position, image_detections in enumerate(by_image):
-        _check_detections(image_detections, iou_type)
-        _update(stream, truth, iou_type, position, image_detections, max_dets_per_image)
-    return _summarize(
-        stream.finalize(), truth, counts, count_thresholds, f"@{max_dets_per_image}"
-    ).metrics
+        ids = {"image_id": images.inside[image], "category_id": categories.inside[category]}
+        by_image[image].append({**detection, **ids})
+    stream = _new_stream(truth, iou_type)
+    for position in range(len(images)):
+        _check_detections(by_image[position], iou_type)
+        _match(stream, truth, iou_type, position, by_image[position], max_dets_per_image)
+    return _measures(stream.finalize(), report, iou_type, f"@{max_dets_per_image}")
 
 
 class LongTailLVISEvaluator(DatasetEvaluator):
@@ -152,10 +117,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     With `output_dir` it writes there
 
     - `lvis_instances_results.json`: all detections in LVIS results format, for the LVIS server or
-      `evaluate_lvis_predictions`. Of several processes each writes its own part,
+      `evaluate_lvis_predictions`; written as they come, and there under this name once `evaluate`
+      is called. Of several processes each writes its own part,
       `lvis_instances_results_rank{i}.json`, because gathering the detections would cost what
       streaming saves; the whole is the concatenation of the lists.
-    - `per_class_bbox.csv`, `per_class_segm.csv`: AP of every category, see `write_per_class_csv`.
+    - `per_class_bbox.csv`, `per_class_segm.csv`: AP of every category.
     """
 
     def __init__(
@@ -196,40 +162,25 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             DataError: if it is not in LVIS format, or class counts or metadata disagree with it.
             ConfigError: for arguments out of range, and classes that are not the model's.
         """
-        if tasks is not None:
-            _check_tasks(tasks)
-        _check_max_dets(max_dets_per_image)
-        self._tasks = None if tasks is None else tuple(tasks)
-        self._distributed = distributed
-        self._output_dir = output_dir
-        self._count_thresholds = tuple(count_thresholds)
-        self._max_dets_per_image = max_dets_per_image
+        _check_options(_GEOMETRY_KEYS if tasks is None else tasks, max_dets_per_image)
         if detections_per_class is not None and detections_per_class < 1:
             raise ConfigError(
                 f"detections_per_class (TEST.DETECTIONS_PER_CLASS) is {detections_per_class}: set "
                 "it to 1 or more."
             )
+        self._tasks = tasks
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._max_dets_per_image = max_dets_per_image
         self._detections_per_class = detections_per_class
-
         self._truth = GroundTruth.of_dataset(dataset_name, class_names, common_classes_only)
         if self._truth.annotations.has_annotations:
             self._truth.annotations.require_federated()
-        self._class_counts = None
-        if class_counts is None:
-            logger.info(
-                "AP1, AP2, ... and bAP are left out: they need class_counts, the training "
-                "instances of each class."
-            )
-        else:
-            self._class_counts = self._truth.training_instances(class_counts)
-            bin_index(self._class_counts, self._count_thresholds)  # reports bad values now
+        self._report = ClassReport(self._truth, class_counts, count_thresholds, output_dir)
 
     def reset(self) -> None:
         """Forget all predictions, and start a new results file if one is written."""
-        self._streams = {
-            task: StreamingEval(self._truth.category_rows(), task, lvis_style=True)
-            for task in self._tasks or TASKS
-        }
+        self._streams = {t: _new_stream(self._truth, t) for t in self._tasks or _GEOMETRY_KEYS}
         self._best = None
         if self._detections_per_class is not None:
             self._best = BestDetections(
@@ -237,10 +188,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             )
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
-        self._writer = None
+        self._results_file = None
         if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
-            self._writer = _JsonListWriter(os.path.join(self._output_dir, _results_file_name()))
+            part = f"_rank{comm.get_rank()}" if comm.get_world_size() > 1 else ""
+            name = f"lvis_instances_results{part}.json"
+            self._results_file = _JsonListFile(os.path.join(self._output_dir, name))
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Match the detections of some images with their ground truth.
@@ -253,30 +205,42 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         Raises:
             PredictionError: for unknown images or classes, non-finite numbers, and missing masks.
         """
+        truth = self._truth
         for model_input, output in zip(inputs, outputs, strict=True):
-            position = _image_position(model_input["image_id"], self._truth)
-            image_id = self._truth.annotations.images.inside[position]
+            position = truth.image_position(model_input["image_id"])
+            image_id = truth.annotations.images.inside[position]
             if image_id in self._seen:
-                logger.warning("Image %s came twice; its first detections stay.", image_id)
+                logger.warning(
+                    "Image %s came twice; its first detections stay.", model_input["image_id"]
+                )
                 continue
             if "instances" not in output:
                 raise PredictionError(
-                    f"The model's output for image {image_id} has no 'instances': LVIS "
-                    "evaluation needs detections, not proposals."
+                    f"The model's output for image {model_input['image_id']} has no 'instances': "
+                    "LVIS evaluation needs detections, not proposals."
                 )
             self._seen.add(image_id)
-            instances = output["instances"].to("cpu")
+            instances = truth.evaluated_instances(output["instances"], position)
             # The mask head of an image without detections may leave no pred_masks.
             has_masks = instances.has("pred_masks")
             if has_masks or len(instances):
                 self._mask_presence.add(has_masks)
-            detections = self._to_lvis_format(instances, image_id)
-            if self._truth.annotations.has_annotations:
-                self._match(position, image_id, detections, has_masks)
-            if self._writer is not None:
-                self._writer.write(self._truth.with_file_ids(detections))
+            detections = instances_to_coco_json(instances, image_id)
+            for detection in detections:
+                detection["category_id"] = truth.category_ids[detection["category_id"]]
 
-    def evaluate(self) -> OrderedDict[str, dict[str, float]]:
+            for task, stream in self._streams.items():
+                if task == "segm" and not has_masks and not (self._tasks and detections):
+                    continue
+                _check_detections(detections, task)
+                if truth.annotations.has_annotations:
+                    _match(stream, truth, task, position, detections, self._max_dets_per_image)
+            if self._best is not None:
+                self._best.add(image_id, detections)
+            if self._results_file is not None:
+                self._results_file.write(truth.with_file_ids(detections))
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """Compute the measures of all processes' predictions.
 
         Returns:
@@ -286,130 +250,67 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         Raises:
             PredictionError: if the images disagree on whether predictions have masks.
         """
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._results_file is not None:
+            self._results_file.close()
+            self._results_file = None
         if self._best is not None:
-            self._best.prune()  # no process sends more than it keeps
+            self._best.detections()  # no process sends more than it keeps
         parts = [(self._streams, self._best, self._seen, self._mask_presence)]
         if self._distributed:
             comm.synchronize()
             parts = comm.gather(parts[0], dst=0)
             if not comm.is_main_process():
-                return OrderedDict()
-        if not self._truth.annotations.has_annotations:
-            logger.info("%s has no annotations, so nothing is evaluated.", self._truth.path)
-            return OrderedDict()
+                return {}
+        truth = self._truth
+        if not truth.annotations.has_annotations:
+            logger.info("%s has no annotations, so nothing is evaluated.", truth.path)
+            return {}
 
         streams, best, seen, mask_presence = zip(*parts, strict=True)
-        self._report_coverage(seen)
+        self._warn_of_coverage(seen)
         merged = None
         if self._best is not None:
-            merged = _merge_best(best, seen)
+            merged = BestDetections.merge(best, seen)
             logger.info(
                 "AP-fixed: %d of %d classes have %d detections; more of them need a larger "
                 "TEST.DETECTIONS_PER_IMAGE.",
-                merged.num_full_classes(),
-                len(self._truth.positions),
-                merged.per_class,
+                *(merged.num_full_classes(), len(truth.classes), merged.per_class),
             )
-        results = OrderedDict()
+        results = {}
         for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence)):
-            results[task] = self._evaluate_task(task, [s[task] for s in streams])
+            # When streams share an image, the last one counts. With all images empty in the first
+            # stream, those that nobody processed are counted without knowing which they are.
+            empty = _new_stream(truth, task)
+            for position in range(len(truth.annotations.images)):
+                _match(empty, truth, task, position, (), self._max_dets_per_image)
+            evaluation = StreamingEval.merge([empty, *(s[task] for s in streams)]).finalize()
+            suffix = f"@{self._max_dets_per_image}"
+            results[task] = _measures(evaluation, self._report, task, suffix)
             if merged is not None:
-                results[f"{task}_fixed"] = self._evaluate_fixed(task, merged)
+                evaluation = evaluate_without_image_cap(truth, merged, task)
+                results[f"{task}_fixed"] = _measures(evaluation, self._report, f"{task}_fixed", "")
+        for task, metrics in results.items():
+            logger.info("Evaluation results for %s:\n%s", task, create_small_table(metrics))
         return results
 
-    def _to_lvis_format(self, instances: Instances, image_id: int) -> list[dict]:
-        classes = instances.pred_classes
-        if ((classes < 0) | (classes >= self._truth.num_classes)).any():
-            raise PredictionError(
-                f"Image {image_id} has predicted classes from {int(classes.min())} to "
-                f"{int(classes.max())}, but {self._truth.path} has the classes 0 to "
-                f"{self._truth.num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to "
-                f"{self._truth.num_classes}."
-            )
-        finite = instances.scores.isfinite().all() and instances.pred_boxes.tensor.isfinite().all()
-        _require_finite(finite, image_id)
-        detections = []
-        for detection in instances_to_coco_json(instances, image_id):
-            category_id = self._truth.category_of_class.get(detection["category_id"])
-            if category_id is not None:  # else of a class that is not evaluated
-                detections.append({**detection, "category_id": category_id})
-        return detections
-
-    def _match(self, position: int, image_id: int, detections: list[dict], has_masks: bool) -> None:
-        for task, stream in self._streams.items():
-            if task == "segm" and not has_masks:
-                if self._tasks is not None and detections:
-                    raise PredictionError(
-                        f"The task 'segm' needs masks, but image {image_id} has no pred_masks: "
-                        "set MODEL.MASK_ON to True or leave the task out."
-                    )
-                continue
-            _update(stream, self._truth, task, position, detections, self._max_dets_per_image)
-        if self._best is not None:
-            self._best.add(image_id, detections)
-
-    def _report_coverage(self, seen: Sequence[set[int]]) -> None:
-        union = set().union(*seen)
-        repeated = sum(map(len, seen)) - len(union)
+    def _warn_of_coverage(self, seen: Sequence[set[int]]) -> None:
+        num_images, num_seen = len(self._truth.annotations.images), len(set().union(*seen))
+        repeated, unseen = sum(map(len, seen)) - num_seen, num_images - num_seen
         if repeated:
             logger.warning("%d images were processed by two processes; one counts.", repeated)
-        unseen = len(self._truth.annotations.images) - len(union)
         if unseen:
             logger.warning(
                 "%d of %d images were not processed and count as images without detections.",
-                unseen,
-                len(self._truth.annotations.images),
+                *(unseen, num_images),
             )
 
-    def _evaluate_task(self, task: str, streams: Sequence[StreamingEval]) -> dict[str, float]:
-        # When streams share an image, the last one counts. With all images empty in the first
-        # stream, those that nobody processed are counted without knowing which they are.
-        empty = StreamingEval(self._truth.category_rows(), task, lvis_style=True)
-        for position in range(len(self._truth.annotations.images)):
-            _update(empty, self._truth, task, position, (), self._max_dets_per_image)
-        evaluation = StreamingEval.merge([empty, *streams]).finalize()
-        return self._report(task, evaluation, f"@{self._max_dets_per_image}")
 
-    def _evaluate_fixed(self, task: str, best: BestDetections) -> dict[str, float]:
-        truth, positions = self._truth, range(len(self._truth.annotations.images))
-        evaluation = run_without_image_cap(
-            [truth.image_row(position, lvis=True) for position in positions],
-            truth.category_rows(),
-            [t for position in positions for t in truth.truths(position, task, lvis=True)],
-            best,
-            task,
-        )
-        return self._report(f"{task}_fixed", evaluation, "")
-
-    def _report(self, task: str, evaluation: COCOeval, recall_suffix: str) -> dict[str, float]:
-        """Summarise, log, and write the table of classes."""
-        result = _summarize(
-            evaluation, self._truth, self._class_counts, self._count_thresholds, recall_suffix
-        )
-        logger.info("Evaluation results for %s:\n%s", task, create_small_table(result.metrics))
-        if self._class_counts is not None:
-            table = bin_table(result.ap, self._class_counts, self._count_thresholds)
-            logger.info("AP by training instances for %s:\n%s", task, table)
-        if self._output_dir:
-            write_per_class_csv(
-                os.path.join(self._output_dir, f"per_class_{task}.csv"),
-                categories=self._truth.categories,
-                validation_instances=self._truth.instances,
-                ap=result.ap,
-                ap50=result.ap50,
-                class_counts=self._class_counts,
-            )
-        return result.metrics
-
-
-class _JsonListWriter:
+class _JsonListFile:
     """Writes dicts to a JSON list one by one, so that no detection has to be kept."""
 
     def __init__(self, path: str) -> None:
-        self._file = PathManager.open(path, "w")
+        self._context = write_atomically(path)
+        self._file = self._context.__enter__()
         self._file.write("[")
         self._separator = ""
 
@@ -420,12 +321,7 @@ class _JsonListWriter:
 
     def close(self) -> None:
         self._file.write("]\n")
-        self._file.close()
-
-
-def _results_file_name() -> str:
-    part = f"_rank{comm.get_rank()}" if comm.get_world_size() > 1 else ""
-    return f"lvis_instances_results{part}.json"
+        self._context.__exit__(None, None, None)
 
 
 def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
@@ -434,148 +330,71 @@ def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
             "Some images have pred_masks and others do not: pass tasks=('bbox',) to evaluate "
             "boxes only."
         )
-    return TASKS if mask_presence == {True} else ("bbox",)
+    return ("bbox", "segm") if mask_presence == {True} else ("bbox",)
 
 
-def _merge_best(best: Sequence[BestDetections], seen: Sequence[set[int]]) -> BestDetections:
-    """Merge into the first part; an image that two processes saw counts once."""
-    merged, merged_images = best[0], set(seen[0])
-    for part, images in zip(best[1:], seen[1:], strict=True):
-        merged.merge(part, without_images=images & merged_images)
-        merged_images |= images
-    return merged
+def _new_stream(truth: GroundTruth, task: str) -> StreamingEval:
+    return StreamingEval(truth.category_rows(), task, lvis_style=True)
 
 
-def _update(
+def _match(
     stream: StreamingEval,
     truth: GroundTruth,
-    iou_type: str,
+    task: str,
     position: int,
     detections: Sequence[Mapping],
     max_dets: int,
 ) -> None:
-    """Match one image's detections (LVIS results format) with its ground truth."""
-    stream.update(
-        [truth.image_row(position, lvis=True)],
-        truth.truths(position, iou_type, lvis=True),
-        _prepare_detections(detections, iou_type, max_dets),
-    )
+    """Match one image's detections (LVIS results format) with its ground truth.
 
-
-def _prepare_detections(detections: Sequence[Mapping], iou_type: str, max_dets: int) -> list[dict]:
-    """Cap and filter one image's detections in lvis-api's order.
-
-    The cap comes first and over all classes, so a detection without area takes a place from a
-    better one; equal scores keep the order in which the detector gave them.
+    In lvis-api's order: the cap comes first and over all classes, so a detection without area takes
+    a place from a better one; equal scores keep the order in which the detector gave them.
     """
-    if not detections:
-        return []
-    kept = detections
-    if len(kept) > max_dets:
-        kept = sorted(kept, key=lambda detection: -detection["score"])[:max_dets]
-    if iou_type == "segm":
-        # One by one: pycocotools' area of a list fails beyond 255 masks with numpy 2.
-        areas = [mask_utils.area(detection["segmentation"]) for detection in kept]
+    kept = sorted(detections, key=lambda detection: -detection["score"])[:max_dets]
+    if task == "segm":
+        areas = mask_areas([detection["segmentation"] for detection in kept])
     else:
         areas = [detection["bbox"][2] * detection["bbox"][3] for detection in kept]
     # hotcoco takes the area of a box that is there for the area of the mask, so it gets no box.
-    keys = ("image_id", "category_id", "score", _GEOMETRY_KEY[iou_type])
-    return [
-        # Most have these keys and no others, as Detectron2 makes them without masks.
-        detection if len(detection) == len(keys) else {key: detection[key] for key in keys}
-        for detection, area in zip(kept, areas, strict=True)
-        if area > 0
-    ]
+    keys = ("image_id", "category_id", "score", _GEOMETRY_KEYS[task])
+    stream.update(
+        [truth.image_row(position, lvis=True)],
+        truth.truths(position, task, lvis=True),
+        [{k: d[k] for k in keys} for d, area in zip(kept, areas, strict=True) if area > 0],
+    )
 
 
-def _summarize(
-    evaluation: COCOeval,
-    truth: GroundTruth,
-    class_counts: np.ndarray | None,
-    count_thresholds: Sequence[int],
-    recall_suffix: str,
-) -> LVISResult:
+def _measures(
+    evaluation: COCOeval, report: ClassReport, task: str, recall_suffix: str
+) -> dict[str, float]:
+    """Measures in percent, NaN where nothing defines them; and the report of classes."""
     evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., -1]  # (T, R, K, areas)
-    recall = evaluation.eval["recall"][..., -1]  # (T, K, areas)
-    iou_thresholds = np.array(evaluation.params.iou_thrs)
-    at_50, at_75 = (np.isclose(iou_thresholds, iou) for iou in (0.5, 0.75))
-    every_size, small, medium, large = range(4)
-    of_frequency = {
-        frequency: [c["frequency"] == frequency for c in truth.categories]
-        for frequency in _FREQUENCIES
-    }
-
+    evaluation.summary_lines()  # computes the measures, and prints nothing
     metrics = {
-        "AP": _percent(precision[..., every_size]),
-        "AP50": _percent(precision[at_50, ..., every_size]),
-        "AP75": _percent(precision[at_75, ..., every_size]),
-        "APs": _percent(precision[..., small]),
-        "APm": _percent(precision[..., medium]),
-        "APl": _percent(precision[..., large]),
-        **{
-            f"AP{frequency}": _percent(precision[:, :, classes, every_size])
-            for frequency, classes in of_frequency.items()
-        },
-        **{
-            f"AR{name}{recall_suffix}": _percent(recall[..., size])
-            for name, size in (("", every_size), ("s", small), ("m", medium), ("l", large))
-        },
+        name.replace("@300", recall_suffix): 100 * float(value) if value > -1 else math.nan
+        for name, value in zip(evaluation.metric_keys(), evaluation.stats, strict=True)
     }
-    ap = 100 * per_class_ap(precision[..., every_size])
-    if class_counts is not None:
-        bin_aps = ap_per_bin(ap, class_counts, count_thresholds)
-        metrics.update(bin_aps, bAP=balanced_ap(bin_aps))
-    return LVISResult(metrics, ap, ap50=100 * per_class_ap(precision[at_50, ..., every_size]))
+    return report.complete(task, metrics, evaluation.eval["precision"])
 
 
-def _percent(values: np.ndarray) -> float:
-    """Mean of the defined entries in percent; -1 marks what has no ground truth."""
-    defined = values[values > -1]
-    return 100 * float(defined.mean()) if defined.size else float("nan")
-
-
-def _image_position(image_id: int | str, truth: GroundTruth) -> int:
-    position = truth.annotations.images.position(image_id)
-    if position is None:
-        raise PredictionError(
-            f"Predictions are for image {image_id}, which {truth.path} does not list: evaluate "
-            "with the annotations of the data set that was predicted."
-        )
-    return position
-
-
-def _check_detections(detections: Sequence[Mapping], iou_type: str) -> None:
-    geometry = _GEOMETRY_KEY[iou_type]
+def _check_detections(detections: Sequence[Mapping], task: str) -> None:
+    geometry = _GEOMETRY_KEYS[task]
     for detection in detections:
         if geometry not in detection:
             raise PredictionError(
-                f"A detection in image {detection['image_id']} has no '{geometry}', which the "
-                f"evaluation of '{iou_type}' needs: add it, or evaluate the other type."
+                f"A detection in image {detection['image_id']} has no '{geometry}', which the task "
+                f"'{task}' needs: set MODEL.MASK_ON to True, or leave the task out."
             )
-    _check_finite(detections)
-
-
-def _check_finite(detections: Sequence[Mapping]) -> None:
-    values = [value for d in detections for value in (d["score"], *d.get("bbox", ()))]
-    if detections:
-        _require_finite(np.isfinite(values).all(), detections[0]["image_id"])
-
-
-def _require_finite(finite: bool | np.bool_ | torch.Tensor, image_id: int) -> None:
-    if not finite:
+    if not np.isfinite([v for d in detections for v in (d["score"], *d.get("bbox", ()))]).all():
         raise PredictionError(
-            f"Image {image_id} has a score or box that is not finite: the model has diverged, or "
-            "its checkpoint is damaged."
+            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
+            "has diverged, or its checkpoint is damaged."
         )
 
 
-def _check_tasks(tasks: Sequence[str]) -> None:
-    if not tasks or isinstance(tasks, str) or not set(tasks) <= set(TASKS):
+def _check_options(tasks: Iterable[str], max_dets: int) -> None:
+    if not tasks or isinstance(tasks, str) or not set(tasks) <= set(_GEOMETRY_KEYS):
         raise ConfigError(f"tasks must be a tuple of 'bbox' and 'segm', not {tasks!r}.")
-
-
-def _check_max_dets(max_dets: int) -> None:
     if not 1 <= max_dets <= MAX_DETS_LIMIT:
         raise ConfigError(
             f"max_dets_per_image (TEST.DETECTIONS_PER_IMAGE) is {max_dets}: set it between 1 and "
