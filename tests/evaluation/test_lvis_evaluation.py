@@ -201,6 +201,32 @@ def test_written_files(tmp_path):
             assert row["AP"] == row["AP50"] == ""
 
 
+def test_results_file_appears_whole(tmp_path):
+    """And an evaluation that ends early leaves that of the one before."""
+    json_file, detections = random_lvis_set(4, tmp_path)
+    out = tmp_path / "out"
+    path = out / "lvis_instances_results.json"
+    evaluator = LongTailLVISEvaluator(register(json_file), output_dir=str(out))
+    results = list(model_results(json_file, detections))
+    evaluator.reset()
+    for inputs, outputs in results:
+        evaluator.process(inputs, outputs)
+        assert not path.exists()
+    evaluator.evaluate()
+    whole = path.read_text()
+    assert len(json.loads(whole)) == len(detections)
+
+    for _ in range(2):
+        evaluator.reset()
+        evaluator.process(*results[0])
+    assert path.read_text() == whole
+    evaluator.reset()
+    evaluator.evaluate()
+    assert json.loads(path.read_text()) == []
+    files = ["lvis_instances_results.json", "per_class_bbox.csv", "per_class_segm.csv"]
+    assert sorted(p.name for p in out.iterdir()) == files
+
+
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     json_file, detections = random_lvis_set(4, tmp_path)
     monkeypatch.chdir(tmp_path)
