@@ -1,26 +1,47 @@
-"""AP by the number of training instances of a class.
+"""AP by the number of training instances of a class, and what evaluators report of classes.
 
-Shapes: K classes; n count thresholds make n + 1 bins.
+Shapes: K classes of the model, C evaluated categories, T IoU thresholds, R recall thresholds, A
+ranges of object sizes, M limits of detections per image. n count thresholds make n + 1 bins.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
+from ..utils.files import write_csv
+from .ground_truth import GroundTruth
 
-__all__ = ["DEFAULT_COUNT_THRESHOLDS", "ap_per_bin", "balanced_ap", "bin_index", "count_array"]
+__all__ = [
+    "DEFAULT_COUNT_THRESHOLDS",
+    "ClassReport",
+    "Counts",
+    "ap_per_bin",
+    "balanced_ap",
+    "bin_index",
+]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_COUNT_THRESHOLDS = (10, 100, 1000)
 
+Counts = Sequence[int] | np.ndarray | torch.Tensor
 
-def bin_index(
-    counts: Sequence[int] | np.ndarray | torch.Tensor,
-    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
-) -> np.ndarray:
+_COLUMNS = (
+    *("category_id", "name", "frequency", "training_instances", "validation_instances"),
+    *("AP", "AP50"),
+)
+
+
+def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS) -> np.ndarray:
     """Find the bin of each count among half-open bins.
 
     Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), for
@@ -50,7 +71,7 @@ def bin_index(
 
 def ap_per_bin(
     per_class_ap: Sequence[float] | np.ndarray,
-    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    class_counts: Counts,
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> dict[str, float]:
     """Average AP over the classes of each bin.
@@ -69,27 +90,17 @@ def ap_per_bin(
         ConfigError, DataError: if the two sequences differ in length, and as `bin_index` does.
     """
     ap = np.asarray(per_class_ap, dtype=np.float64)
-    bins = bin_index(count_array(class_counts, len(ap)), thresholds)
+    bins = bin_index(_count_array(class_counts, len(ap)), thresholds)
     return {f"AP{i + 1}": _defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
 
 
 def balanced_ap(bin_aps: Mapping[str, float]) -> float:
-    """Average what `ap_per_bin` returns, each bin weighing the same however many classes it has.
-
-    Returns:
-        Mean over the bins that are not NaN; NaN if all are.
-    """
+    """Average the defined values of `ap_per_bin`, so that each bin weighs the same; NaN if none."""
     return _defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
 
 
-def count_array(
-    class_counts: Sequence[int] | np.ndarray | torch.Tensor, num_classes: int
-) -> np.ndarray:
-    """The counts as a (K,) array.
-
-    Raises:
-        DataError: if there is not exactly one count per class.
-    """
+def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
+    """The counts as a (K,) array; DataError if there is not exactly one per class."""
     counts = torch.as_tensor(class_counts).cpu().numpy()
     if counts.shape != (num_classes,):
         raise DataError(
@@ -99,6 +110,94 @@ def count_array(
     return counts
 
 
+class ClassReport:
+    """AP by training instances (AP1, AP2, ..., bAP), and a table of all classes on disk."""
+
+    def __init__(
+        self,
+        truth: GroundTruth,
+        class_counts: Counts | None = None,
+        count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
+        output_dir: str | None = None,
+    ) -> None:
+        """
+        Args:
+            truth: the evaluated data set.
+            class_counts, count_thresholds, output_dir: see `LongTailLVISEvaluator`.
+
+        Raises:
+            ConfigError, DataError: if the counts or thresholds are faulty.
+        """
+        self._truth = truth
+        self._output_dir = output_dir
+        self._thresholds = tuple(count_thresholds)
+        self._counts = None
+        if class_counts is None:
+            logger.info(
+                "AP1, AP2, ... and bAP are left out: they need class_counts, the training "
+                "instances of each class."
+            )
+        else:
+            self._counts = _count_array(class_counts, truth.num_classes)[truth.classes]
+            bin_index(self._counts, self._thresholds)  # refuses bad values before evaluation
+
+    def complete(
+        self, task: str, metrics: dict[str, float], precision: np.ndarray | None
+    ) -> dict[str, float]:
+        """Add the bins' AP to an evaluation's measures, log it, and write the table of classes.
+
+        Args:
+            task: names the file, ``per_class_{task}.csv``.
+            metrics: measure -> percent.
+            precision: (T, R, C, A, M) as COCO-style evaluation accumulates it, with IoU 0.5 and all
+                sizes first; -1 where a class has no ground truth. None if nothing was detected.
+
+        Returns:
+            The measures, and AP1, AP2, ... and bAP if training instances are known.
+        """
+        truth = self._truth
+        ap = ap50 = np.full(len(truth.classes), np.nan)
+        if precision is not None:
+            precision = precision[..., 0, -1]
+            ap, ap50 = _percent_ap(precision), _percent_ap(precision[:1])
+        if self._counts is not None:
+            bin_aps = ap_per_bin(ap, self._counts, self._thresholds)
+            metrics = {**metrics, **bin_aps, "bAP": balanced_ap(bin_aps)}
+            logger.info("AP by training instances for %s:\n%s", task, self._bin_table(ap, bin_aps))
+        if self._output_dir:
+            # Empty cells, for what is unknown or undefined, are missing values to table readers.
+            file_id = truth.annotations.categories.outside_of
+            training = [""] * len(ap) if self._counts is None else self._counts
+            measured = (["" if np.isnan(v) else f"{v:.4f}" for v in aps] for aps in (ap, ap50))
+            rows = [
+                (file_id(category["id"]), category["name"], category["frequency"], *cells)
+                for category, *cells in zip(
+                    truth.categories, training, truth.instances, *measured, strict=True
+                )
+            ]
+            write_csv(os.path.join(self._output_dir, f"per_class_{task}.csv"), _COLUMNS, rows)
+        return metrics
+
+    def _bin_table(self, ap: np.ndarray, bin_aps: dict[str, float]) -> str:
+        bins = bin_index(self._counts, self._thresholds)
+        bounds = itertools.pairwise([0, *self._thresholds, math.inf])
+        rows = [
+            (name, f"[{low}, {high})", (bins == i).sum(), (~np.isnan(ap[bins == i])).sum(), bin_ap)
+            for i, ((name, bin_ap), (low, high)) in enumerate(
+                zip(bin_aps.items(), bounds, strict=True)
+            )
+        ]
+        rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
+        headers = ("", "training instances", "classes", "evaluated", "AP")
+        return tabulate(rows, headers, "pipe", ".3f")
+
+
 def _defined_mean(values: np.ndarray) -> float:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")
+
+
+def _percent_ap(precision: np.ndarray) -> np.ndarray:
+    """(C,) AP in percent from precision (T, R, C), NaN for classes without ground truth."""
+    no_ground_truth = (precision < 0).any(axis=(0, 1))
+    return np.where(no_ground_truth, np.nan, 100 * precision.mean(axis=(0, 1)))

@@ -7,16 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from pycocotools.cocoeval import COCOeval
 
 from ..utils.files import load_json, write_json
-from .bins import DEFAULT_COUNT_THRESHOLDS
-from .class_report import ClassReport
+from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .ground_truth import GroundTruth
 
 __all__ = ["LongTailCOCOEvaluator"]
@@ -36,7 +33,7 @@ class LongTailCOCOEvaluator(COCOEvaluator):
         distributed: bool = True,
         output_dir: str | None = None,
         *,
-        class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        class_counts: Counts | None = None,
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
         count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
@@ -64,9 +61,9 @@ class LongTailCOCOEvaluator(COCOEvaluator):
             try:
                 MetadataCatalog.get(file.name).set(
                     json_file=file.name,
-                    thing_classes=[row["name"] for row in self._truth.category_rows()],
+                    thing_classes=[category["name"] for category in self._truth.categories],
                     thing_dataset_id_to_contiguous_id={
-                        category_id: c for c, category_id in enumerate(self._truth.category_ids)
+                        category["id"]: c for c, category in enumerate(self._truth.categories)
                     },
                 )
                 super().__init__(file.name, tasks, distributed, output_dir, **kwargs)

@@ -31,8 +31,8 @@ class GroundTruth:
         num_classes: classes of the model, K.
         classes: (C,) the model's class of each category that is evaluated, in the order of category
             ids, which is that of every per-class result.
-        category_ids: C inside ids.
-        instances: C numbers of objects.
+        categories: C dicts with "id", "name" and "frequency" (None if the file has none).
+        instances: (C,) numbers of objects.
     """
 
     def __init__(
@@ -58,11 +58,15 @@ class GroundTruth:
             self.path, self.annotations, metadata or {}, class_names, in_common=common_classes_only
         )
         self.num_classes = len(classes if class_names is None else class_names)
-        self._positions = np.flatnonzero(classes >= 0)
-        self.classes = classes[self._positions]
-        self.category_ids = [self.annotations.categories.inside[p] for p in self._positions]
-        self.instances = self.annotations.instance_counts()[self._positions].tolist()
-        self._known = set(self.category_ids)
+        positions = np.flatnonzero(classes >= 0)
+        self.classes = classes[positions]
+        self.instances = self.annotations.instance_counts()[positions]
+        ids, names = self.annotations.categories.inside, self.annotations.names
+        self.categories = [
+            {"id": ids[p], "name": names[p], "frequency": self.annotations.frequencies[p]}
+            for p in positions
+        ]
+        self._known = {category["id"] for category in self.categories}
         self._category_of_class = torch.full((self.num_classes,), -1)
         self._category_of_class[torch.from_numpy(self.classes)] = torch.arange(len(self.classes))
 
@@ -84,23 +88,13 @@ class GroundTruth:
         """Whether inside ids are those of the file."""
         return self.annotations.images.are_plain and self.annotations.categories.are_plain
 
-    def category_rows(self) -> list[dict]:
-        """The evaluated categories with the keys that an evaluation needs."""
-        ids, truth = self.annotations.categories.inside, self.annotations
-        return [
-            {"id": ids[p], "name": truth.names[p], "frequency": truth.frequencies[p]}
-            for p in self._positions
-        ]
-
-    def image_row(self, position: int, *, lvis: bool) -> dict:
+    def image_row(self, position: int) -> dict:
         """An image with the keys that an evaluation needs."""
-        image = self.annotations.image_rows[position]
+        image, ids = self.annotations.image_rows[position], self.annotations.categories.inside
         row = {"id": self.annotations.images.inside[position], "file_name": ""}
         row.update(height=image["height"], width=image["width"])
-        if lvis:
-            ids = self.annotations.categories.inside
-            for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-                row[key] = [ids[p] for p in image[key] or () if ids[p] in self._known]
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            row[key] = [ids[p] for p in image[key] or () if ids[p] in self._known]
         return row
 
     def truths(self, position: int, task: str | None, *, lvis: bool) -> list[dict]:
@@ -112,8 +106,8 @@ class GroundTruth:
         """The whole in COCO's format; without "annotations" if the file has none."""
         positions = range(len(self.annotations.images))
         content = {
-            "images": [self.image_row(position, lvis=lvis) for position in positions],
-            "categories": self.category_rows(),
+            "images": [self.image_row(position) for position in positions],
+            "categories": self.categories,
         }
         if self.annotations.has_annotations:
             content["annotations"] = [

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
@@ -25,8 +24,7 @@ from hotcoco import COCOeval, StreamingEval
 from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
 from .ap_fixed import BestDetections, evaluate_without_image_cap, mask_areas
-from .bins import DEFAULT_COUNT_THRESHOLDS
-from .class_report import ClassReport
+from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .ground_truth import GroundTruth, PredictionError
 
 __all__ = [
@@ -52,7 +50,7 @@ def evaluate_lvis_predictions(
     detections: Iterable[Mapping],
     iou_type: str = "bbox",
     *,
-    class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    class_counts: Counts | None = None,
     count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
     max_dets_per_image: int = MAX_DETS_LIMIT,
 ) -> dict[str, float]:
@@ -131,7 +129,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         distributed: bool = True,
         output_dir: str | None = None,
         *,
-        class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        class_counts: Counts | None = None,
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
         count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
@@ -227,7 +225,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 self._mask_presence.add(has_masks)
             detections = instances_to_coco_json(instances, image_id)
             for detection in detections:
-                detection["category_id"] = truth.category_ids[detection["category_id"]]
+                detection["category_id"] = truth.categories[detection["category_id"]]["id"]
 
             for task, stream in self._streams.items():
                 if task == "segm" and not has_masks and not (self._tasks and detections):
@@ -334,7 +332,7 @@ def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
 
 
 def _new_stream(truth: GroundTruth, task: str) -> StreamingEval:
-    return StreamingEval(truth.category_rows(), task, lvis_style=True)
+    return StreamingEval(truth.categories, task, lvis_style=True)
 
 
 def _match(
@@ -358,7 +356,7 @@ def _match(
     # hotcoco takes the area of a box that is there for the area of the mask, so it gets no box.
     keys = ("image_id", "category_id", "score", _GEOMETRY_KEYS[task])
     stream.update(
-        [truth.image_row(position, lvis=True)],
+        [truth.image_row(position)],
         truth.truths(position, task, lvis=True),
         [{k: d[k] for k in keys} for d, area in zip(kept, areas, strict=True) if area > 0],
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bags_d2.evaluation import ap_per_bin, balanced_ap, bin_index
-from bags_d2.evaluation.class_report import ClassReport
+from bags_d2.evaluation.bins import ClassReport
 from bags_d2.evaluation.ground_truth import GroundTruth
 
 
