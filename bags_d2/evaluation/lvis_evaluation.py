@@ -23,8 +23,9 @@ from hotcoco import COCOeval, StreamingEval
 
 from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
-from .ap_fixed import BestDetections, evaluate_without_image_cap, mask_areas
+from .ap_fixed import BestDetections, evaluate_without_image_cap
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
+from .detections import SCORE, matchable, to_rows
 from .ground_truth import GroundTruth, PredictionError
 
 __all__ = [
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 # hotcoco's StreamingEval applies the cap of the LVIS challenge whatever it is asked for.
 MAX_DETS_LIMIT = 300
 
-_GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
+_TASKS = ("bbox", "segm")
 
 # What a faulty annotation file raises, under the name that evaluation has always exported.
 AnnotationError = DataError
@@ -101,8 +102,8 @@ def evaluate_lvis_predictions(
         by_image[image].append({**detection, **ids})
     stream = _new_stream(truth, iou_type)
     for position in range(len(images)):
-        _check_detections(by_image[position], iou_type)
-        _match(stream, truth, iou_type, position, by_image[position], max_dets_per_image)
+        rows, masks = to_rows(by_image[position], (iou_type,))
+        _match(stream, truth, iou_type, position, rows, masks, max_dets_per_image)
     return _measures(stream.finalize(), report, iou_type, f"@{max_dets_per_image}")
 
 
@@ -160,7 +161,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             DataError: if it is not in LVIS format, or class counts or metadata disagree with it.
             ConfigError: for arguments out of range, and classes that are not the model's.
         """
-        _check_options(_GEOMETRY_KEYS if tasks is None else tasks, max_dets_per_image)
+        _check_options(_TASKS if tasks is None else tasks, max_dets_per_image)
         if detections_per_class is not None and detections_per_class < 1:
             raise ConfigError(
                 f"detections_per_class (TEST.DETECTIONS_PER_CLASS) is {detections_per_class}: set "
@@ -178,12 +179,10 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all predictions, and start a new results file if one is written."""
-        self._streams = {t: _new_stream(self._truth, t) for t in self._tasks or _GEOMETRY_KEYS}
+        self._streams = {t: _new_stream(self._truth, t) for t in self._tasks or _TASKS}
         self._best = None
         if self._detections_per_class is not None:
-            self._best = BestDetections(
-                self._detections_per_class, with_masks="segm" in self._streams
-            )
+            self._best = BestDetections(self._detections_per_class)
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
         self._results_file = None
@@ -227,14 +226,16 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             for detection in detections:
                 detection["category_id"] = truth.categories[detection["category_id"]]["id"]
 
-            for task, stream in self._streams.items():
-                if task == "segm" and not has_masks and not (self._tasks and detections):
-                    continue
-                _check_detections(detections, task)
-                if truth.annotations.has_annotations:
-                    _match(stream, truth, task, position, detections, self._max_dets_per_image)
+            tasks = self._streams.keys()
+            if not has_masks and not (self._tasks and detections):
+                tasks = tasks & {"bbox"}
+            rows, masks = to_rows(detections, tasks)
+            if truth.annotations.has_annotations:
+                for task in tasks:
+                    stream = self._streams[task]
+                    _match(stream, truth, task, position, rows, masks, self._max_dets_per_image)
             if self._best is not None:
-                self._best.add(image_id, detections)
+                self._best.add(rows, masks)
             if self._results_file is not None:
                 self._results_file.write(truth.with_file_ids(detections))
 
@@ -280,7 +281,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             # stream, those that nobody processed are counted without knowing which they are.
             empty = _new_stream(truth, task)
             for position in range(len(truth.annotations.images)):
-                _match(empty, truth, task, position, (), self._max_dets_per_image)
+                _match(empty, truth, task, position, *to_rows((), ()), self._max_dets_per_image)
             evaluation = StreamingEval.merge([empty, *(s[task] for s in streams)]).finalize()
             suffix = f"@{self._max_dets_per_image}"
             results[task] = _measures(evaluation, self._report, task, suffix)
@@ -328,7 +329,7 @@ def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
             "Some images have pred_masks and others do not: pass tasks=('bbox',) to evaluate "
             "boxes only."
         )
-    return ("bbox", "segm") if mask_presence == {True} else ("bbox",)
+    return _TASKS if mask_presence == {True} else ("bbox",)
 
 
 def _new_stream(truth: GroundTruth, task: str) -> StreamingEval:
@@ -340,26 +341,19 @@ def _match(
     truth: GroundTruth,
     task: str,
     position: int,
-    detections: Sequence[Mapping],
+    rows: np.ndarray,
+    masks: np.ndarray,
     max_dets: int,
 ) -> None:
-    """Match one image's detections (LVIS results format) with its ground truth.
+    """Match one image's detections (see `to_rows`) with its ground truth.
 
     In lvis-api's order: the cap comes first and over all classes, so a detection without area takes
     a place from a better one; equal scores keep the order in which the detector gave them.
     """
-    kept = sorted(detections, key=lambda detection: -detection["score"])[:max_dets]
-    if task == "segm":
-        areas = mask_areas([detection["segmentation"] for detection in kept])
-    else:
-        areas = [detection["bbox"][2] * detection["bbox"][3] for detection in kept]
-    # hotcoco takes the area of a box that is there for the area of the mask, so it gets no box.
-    keys = ("image_id", "category_id", "score", _GEOMETRY_KEYS[task])
-    stream.update(
-        [truth.image_row(position)],
-        truth.truths(position, task, lvis=True),
-        [{k: d[k] for k in keys} for d, area in zip(kept, areas, strict=True) if area > 0],
-    )
+    kept = np.argsort(-rows[:, SCORE], kind="stable")[:max_dets]
+    rows, masks = matchable(rows[kept], masks[kept], task)
+    truths = truth.truths(position, task, lvis=True)
+    stream.update([truth.image_row(position)], truths, rows, segmentation=masks)
 
 
 def _measures(
@@ -375,23 +369,8 @@ def _measures(
     return report.complete(task, metrics, evaluation.eval["precision"])
 
 
-def _check_detections(detections: Sequence[Mapping], task: str) -> None:
-    geometry = _GEOMETRY_KEYS[task]
-    for detection in detections:
-        if geometry not in detection:
-            raise PredictionError(
-                f"A detection in image {detection['image_id']} has no '{geometry}', which the task "
-                f"'{task}' needs: set MODEL.MASK_ON to True, or leave the task out."
-            )
-    if not np.isfinite([v for d in detections for v in (d["score"], *d.get("bbox", ()))]).all():
-        raise PredictionError(
-            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
-            "has diverged, or its checkpoint is damaged."
-        )
-
-
 def _check_options(tasks: Iterable[str], max_dets: int) -> None:
-    if not tasks or isinstance(tasks, str) or not set(tasks) <= set(_GEOMETRY_KEYS):
+    if not tasks or isinstance(tasks, str) or not set(tasks) <= set(_TASKS):
         raise ConfigError(f"tasks must be a tuple of 'bbox' and 'segm', not {tasks!r}.")
     if not 1 <= max_dets <= MAX_DETS_LIMIT:
         raise ConfigError(
