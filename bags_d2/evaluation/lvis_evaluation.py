@@ -28,12 +28,7 @@ from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .detections import SCORE, matchable, to_rows
 from .ground_truth import GroundTruth, PredictionError
 
-__all__ = [
-    "AnnotationError",
-    "LongTailLVISEvaluator",
-    "PredictionError",
-    "evaluate_lvis_predictions",
-]
+__all__ = ["AnnotationError", "LongTailLVISEvaluator", "evaluate_lvis_predictions"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +69,10 @@ def evaluate_lvis_predictions(
         ARl@300, AP1, AP2, ..., bAP. NaN where nothing in the ground truth defines the measure.
 
     Raises:
-        MissingFileError: if there is no such file.
-        PredictionError: for unknown images or categories and non-finite numbers.
-        ConfigError: for an unknown `iou_type` or `max_dets_per_image` out of range.
-        DataError: for an annotation file that is not in LVIS format, and class counts that do not
-            fit.
+        MissingFileError, DataError: if the annotation file does not exist, is not in LVIS format,
+            or has other classes than the counts.
+        PredictionError: for unknown images or categories, missing masks and non-finite numbers.
+        ConfigError: for arguments out of range.
     """
     _check_options((iou_type,), max_dets_per_image)
     truth = GroundTruth(json_file)
@@ -116,10 +110,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     With `output_dir` it writes there
 
     - `lvis_instances_results.json`: all detections in LVIS results format, for the LVIS server or
-      `evaluate_lvis_predictions`; written as they come, and there under this name once `evaluate`
-      is called. Of several processes each writes its own part,
-      `lvis_instances_results_rank{i}.json`, because gathering the detections would cost what
-      streaming saves; the whole is the concatenation of the lists.
+      `evaluate_lvis_predictions`. It appears when `evaluate` is called. Each of several processes
+      writes its own list, `lvis_instances_results_rank{i}.json`, because gathering the detections
+      would cost what streaming saves.
     - `per_class_bbox.csv`, `per_class_segm.csv`: AP of every category.
     """
 
@@ -139,10 +132,10 @@ class LongTailLVISEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: registered data set whose metadata has `json_file`, in LVIS format.
+            dataset_name: data set whose metadata has `json_file`, in LVIS format.
             tasks: "bbox", "segm" or both. None: "bbox", and "segm" if any process sees masks.
-            distributed: merge the processes' results; the main process evaluates. Otherwise
-                each process evaluates what it saw.
+            distributed: the main process evaluates the detections of all processes. Otherwise
+                each process evaluates its own.
             output_dir: folder for the files above; None writes nothing.
             class_counts: (K,) training instances of the model's classes; None leaves out AP1, AP2,
                 ... and bAP.
@@ -153,8 +146,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             count_thresholds: bounds of the bins of AP1, AP2, ...
             max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
             detections_per_class: also measure AP-fixed (`evaluation/ap_fixed.py`), with this many
-                detections of each class over the data set, as "bbox_fixed" and "segm_fixed". It
-                sees all detections of an image, of which the detector should give many.
+                detections of each class over the data set, as "bbox_fixed" and "segm_fixed".
 
         Raises:
             MissingFileError: if the annotation file does not exist.
@@ -185,7 +177,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             self._best = BestDetections(self._detections_per_class)
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
-        self._results_file = None
+        self._results_file = None  # drops that of an evaluation that ended early
         if self._output_dir:
             part = f"_rank{comm.get_rank()}" if comm.get_world_size() > 1 else ""
             name = f"lvis_instances_results{part}.json"
@@ -207,9 +199,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             position = truth.image_position(model_input["image_id"])
             image_id = truth.annotations.images.inside[position]
             if image_id in self._seen:
-                logger.warning(
-                    "Image %s came twice; its first detections stay.", model_input["image_id"]
-                )
+                logger.warning("Image %s came twice; its first detections count.", image_id)
                 continue
             if "instances" not in output:
                 raise PredictionError(
@@ -260,11 +250,11 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             parts = comm.gather(parts[0], dst=0)
             if not comm.is_main_process():
                 return {}
+
         truth = self._truth
         if not truth.annotations.has_annotations:
             logger.info("%s has no annotations, so nothing is evaluated.", truth.path)
             return {}
-
         streams, best, seen, mask_presence = zip(*parts, strict=True)
         self._warn_of_coverage(seen)
         merged = None
@@ -314,9 +304,12 @@ class _JsonListFile:
         self._separator = ""
 
     def write(self, entries: Iterable[dict]) -> None:
-        for entry in entries:
-            self._file.write(self._separator + json.dumps(entry))
-            self._separator = ",\n"
+        try:
+            for entry in entries:
+                self._file.write(self._separator + json.dumps(entry))
+                self._separator = ",\n"
+        except OSError as error:  # as on a full disk, which is reported as of any other file
+            self._context.__exit__(type(error), error, error.__traceback__)
 
     def close(self) -> None:
         self._file.write("]\n")
