@@ -46,12 +46,7 @@ class BestDetections:
 
     @staticmethod
     def merge(parts: Sequence[BestDetections], images: Sequence[Set[int]]) -> BestDetections:
-        """Merge the processes' parts into the first; the first that saw an image counts.
-
-        Args:
-            parts: one of each process.
-            images: ids of the images that each has seen.
-        """
+        """Merge the processes' parts into the first; the first that saw an image counts."""
         merged, seen = parts[0], set(images[0])
         for part, part_images in zip(parts[1:], images[1:], strict=True):
             rows, masks = part.detections()
@@ -82,16 +77,7 @@ class BestDetections:
 
 
 def evaluate_without_image_cap(truth: GroundTruth, best: BestDetections, task: str) -> COCOeval:
-    """Match detections with ground truth in LVIS style, however many an image has.
-
-    Args:
-        truth: the data set.
-        best: the detections; with a mask each if ``task`` is "segm".
-        task: "bbox" or "segm".
-
-    Returns:
-        hotcoco's evaluation, to be accumulated.
-    """
+    """Match detections in LVIS style, however many an image has; to be accumulated."""
     # After the limit, so that a detection without area takes a place: lvis-api's order.
     rows, masks = matchable(*best.detections(), task)
     ground_truth = COCO(truth.as_coco(task, lvis=True))

@@ -120,14 +120,7 @@ class ClassReport:
         count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
         output_dir: str | None = None,
     ) -> None:
-        """
-        Args:
-            truth: the evaluated data set.
-            class_counts, count_thresholds, output_dir: see `LongTailLVISEvaluator`.
-
-        Raises:
-            ConfigError, DataError: if the counts or thresholds are faulty.
-        """
+        """See `LongTailLVISEvaluator`; faulty counts and thresholds are errors from the start."""
         self._truth = truth
         self._output_dir = output_dir
         self._thresholds = tuple(count_thresholds)
@@ -139,21 +132,18 @@ class ClassReport:
             )
         else:
             self._counts = _count_array(class_counts, truth.num_classes)[truth.classes]
-            bin_index(self._counts, self._thresholds)  # refuses bad values before evaluation
+            bin_index(self._counts, self._thresholds)
 
     def complete(
         self, task: str, metrics: dict[str, float], precision: np.ndarray | None
     ) -> dict[str, float]:
-        """Add the bins' AP to an evaluation's measures, log it, and write the table of classes.
+        """Add the bins' AP to a task's measures (in percent), and write the table of classes.
 
         Args:
             task: names the file, ``per_class_{task}.csv``.
-            metrics: measure -> percent.
+            metrics: measures of the evaluation.
             precision: (T, R, C, A, M) as COCO-style evaluation accumulates it, with IoU 0.5 and all
                 sizes first; -1 where a class has no ground truth. None if nothing was detected.
-
-        Returns:
-            The measures, and AP1, AP2, ... and bAP if training instances are known.
         """
         truth = self._truth
         ap = ap50 = np.full(len(truth.classes), np.nan)

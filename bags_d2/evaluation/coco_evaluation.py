@@ -47,9 +47,7 @@ class LongTailCOCOEvaluator(COCOEvaluator):
                 `LongTailLVISEvaluator`.
 
         Raises:
-            MissingFileError: if the annotation file does not exist.
-            DataError: if it is faulty, or the counts disagree with it.
-            ConfigError: if its classes are not the model's.
+            MissingFileError, DataError, ConfigError: as `LongTailLVISEvaluator`.
         """
         self._truth = GroundTruth.of_dataset(dataset_name, class_names, common_classes_only)
         self._report = ClassReport(self._truth, class_counts, count_thresholds, output_dir)
@@ -71,7 +69,7 @@ class LongTailCOCOEvaluator(COCOEvaluator):
                 MetadataCatalog.pop(file.name)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Take the detections of some images, of the classes that are evaluated.
+        """Take the detections of some images.
 
         Raises:
             PredictionError: if an image or a class is unknown.
@@ -88,14 +86,10 @@ class LongTailCOCOEvaluator(COCOEvaluator):
             super().process([{**model_input, "image_id": image_id}], [output])
 
     def evaluate(self, img_ids: Sequence[int | str] | None = None) -> dict:
-        """Compute the measures of all processes' predictions.
+        """Compute {"bbox": {measure: percent}, "segm": {...}} as the parent does.
 
         Args:
-            img_ids: ids of the images to evaluate; None for all.
-
-        Returns:
-            {"bbox": {measure: percent}, "segm": {...}}; empty where the process is not the main
-            one, and without ground truth.
+            img_ids: ids in the file of the images to evaluate; None for all.
         """
         if img_ids is not None:
             inside = self._truth.annotations.images.inside

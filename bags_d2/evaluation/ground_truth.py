@@ -42,16 +42,7 @@ class GroundTruth:
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
     ) -> None:
-        """
-        Args:
-            json_file: the annotation file.
-            metadata, class_names, common_classes_only: see
-                :func:`bags_d2.data.build.evaluated_classes`.
-
-        Raises:
-            MissingFileError: if there is no such file.
-            ConfigError, DataError: if it is faulty, or has other classes than the model.
-        """
+        """See :func:`read_annotations`, and :func:`evaluated_classes` for the other arguments."""
         self.path = os.fspath(json_file)
         self.annotations: AnnotationSet = read_annotations(json_file)
         classes = evaluated_classes(
@@ -126,11 +117,7 @@ class GroundTruth:
         return position
 
     def evaluated_instances(self, instances: Instances, position: int) -> Instances:
-        """Detections of evaluated categories in an image, on the CPU, with pred_classes below C.
-
-        Raises:
-            PredictionError: if a class is out of the model's range.
-        """
+        """Detections of evaluated categories in an image, on the CPU, with pred_classes below C."""
         instances = instances.to("cpu")
         classes = instances.pred_classes
         if ((classes < 0) | (classes >= self.num_classes)).any():
@@ -149,10 +136,9 @@ class GroundTruth:
         """Detections with the ids of the file, as they are written for users."""
         if self.has_plain_ids:
             return detections
-        image, category = (
-            ids.outside_of for ids in (self.annotations.images, self.annotations.categories)
-        )
+        image_id = self.annotations.images.outside_of
+        category_id = self.annotations.categories.outside_of
         return [
-            {**d, "image_id": image(d["image_id"]), "category_id": category(d["category_id"])}
+            {**d, "image_id": image_id(d["image_id"]), "category_id": category_id(d["category_id"])}
             for d in detections
         ]
