@@ -4,154 +4,87 @@ With 300 detections for an image, classes compete for places: a detector can gai
 rare classes high where frequent ones are, and calibration across classes decides what counts. AP
 of Dave et al. (2021), "Evaluating Large-Vocabulary Object Detectors: The Devil is in the Details",
 takes the best 10,000 detections of each class over the data set, however many an image has.
-
-Shapes: N detections. A row is (image id, x, y, width, height, score, category id), as hotcoco
-reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
-import pycocotools.mask as mask_utils
 from hotcoco import COCO, COCOeval
 
-__all__ = ["DETECTIONS_PER_CLASS", "BestDetections", "run_without_image_cap"]
+from .detections import CATEGORY, IMAGE, SCORE, matchable
+from .ground_truth import GroundTruth
 
-DETECTIONS_PER_CLASS = 10_000
-
-_IMAGE, _WIDTH, _HEIGHT, _SCORE, _CATEGORY = 0, 3, 4, 5, 6
-_NUM_COLUMNS = 7
+__all__ = ["BestDetections", "evaluate_without_image_cap"]
 
 
 class BestDetections:
-    """The detections of the highest scores of each class, among all that were added.
+    """The detections with the highest scores of each class, among all that were added.
 
     Equal scores are ordered by image and then by their order in it, so that neither the order of
     images nor the number of processes decides which is kept.
 
-    Holds at most twice what it keeps, or twice the limit of one class if that is more. Boxes are
-    rows of an array, 64 bytes each: 1203 classes can have 12 million of them, which as dicts would
-    take some 10 GB.
+    Holds at most twice what it keeps, or twice the limit of one class if that is more. A box takes
+    64 bytes: 1203 classes can have 12 million of them.
     """
 
-    def __init__(self, per_class: int = DETECTIONS_PER_CLASS, *, with_masks: bool = False) -> None:
-        """
-        Args:
-            per_class: the limit.
-            with_masks: keep masks as well, where detections have them.
-        """
+    def __init__(self, per_class: int) -> None:
         self.per_class = per_class
-        self._with_masks = with_masks
         # Rows (N, 7) and masks (N,): what the last pruning left, and what came since.
-        self._kept = np.empty((0, _NUM_COLUMNS)), np.empty(0, dtype=object)
+        self._kept = np.empty((0, 7)), np.empty(0, dtype=object)
         self._new: list[tuple[np.ndarray, np.ndarray]] = []
         self._size = 0
         self._prune_at = 2 * per_class
 
-    def __len__(self) -> int:
-        return self._size
+    def add(self, rows: np.ndarray, masks: np.ndarray) -> None:
+        """Add detections (see `to_rows`), all of an image at once."""
+        self._new.append((rows, masks))
+        self._size += len(rows)
+        if self._size >= self._prune_at:
+            self.detections()
 
-    def add(self, image_id: int, detections: Sequence[Mapping]) -> None:
-        """Add the detections of an image.
-
-        Args:
-            image_id: the image, which is added once.
-            detections: LVIS results format, with boxes.
-        """
-        rows = [(image_id, *d["bbox"], d["score"], d["category_id"]) for d in detections]
-        masks = [d.get("segmentation") if self._with_masks else None for d in detections]
-        self._append(
-            np.array(rows, dtype=np.float64).reshape(-1, _NUM_COLUMNS),
-            np.array(masks, dtype=object),
-        )
-
-    def merge(self, other: BestDetections, without_images: Collection[int] = ()) -> None:
-        """Add the detections that another process has kept, but for those in some images."""
-        rows, masks = other.detections()
-        wanted = ~np.isin(rows[:, _IMAGE], list(without_images))
-        self._append(rows[wanted], masks[wanted])
+    @staticmethod
+    def merge(parts: Sequence[BestDetections], images: Sequence[Set[int]]) -> BestDetections:
+        """Merge the processes' parts into the first; the first that saw an image counts."""
+        merged, seen = parts[0], set(images[0])
+        for part, part_images in zip(parts[1:], images[1:], strict=True):
+            rows, masks = part.detections()
+            is_new = ~np.isin(rows[:, IMAGE], list(seen & part_images))
+            merged.add(rows[is_new], masks[is_new])
+            seen |= part_images
+        return merged
 
     def detections(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is kept: by category id, best first.
-
-        Returns:
-            Rows (N, 7) and masks (N,) in run-length code, None where there is none.
-        """
-        self.prune()
+        """Rows (N, 7) and masks (N,) of what is kept: by category id, best first."""
+        if self._new:
+            rows, masks = (np.concatenate(c) for c in zip(self._kept, *self._new, strict=True))
+            # Stable: equal scores in an image stay as the detector ordered them.
+            order = np.lexsort((rows[:, IMAGE], -rows[:, SCORE], rows[:, CATEGORY]))
+            categories = rows[order, CATEGORY]
+            rank = np.arange(len(order)) - np.searchsorted(categories, categories)
+            order = order[rank < self.per_class]
+            self._kept, self._new = (rows[order], masks[order]), []
+            self._size = len(order)
+            # Twice as many next time: every detection is then sorted a few times only.
+            self._prune_at = 2 * max(self._size, self.per_class)
         return self._kept
 
     def num_full_classes(self) -> int:
         """How many classes have as many detections as the limit allows."""
-        rows, _ = self.detections()
-        _, counts = np.unique(rows[:, _CATEGORY], return_counts=True)
+        _, counts = np.unique(self.detections()[0][:, CATEGORY], return_counts=True)
         return int((counts == self.per_class).sum())
 
-    def prune(self) -> None:
-        """Let go what exceeds the limit."""
-        if not self._new:
-            return
-        rows, masks = (np.concatenate(c) for c in zip(self._kept, *self._new, strict=True))
-        # Stable: equal scores in an image stay as the detector ordered them.
-        order = np.lexsort((rows[:, _IMAGE], -rows[:, _SCORE], rows[:, _CATEGORY]))
-        categories = rows[order, _CATEGORY]
-        rank = np.arange(len(order)) - np.searchsorted(categories, categories)
-        order = order[rank < self.per_class]
-        self._kept, self._new = (rows[order], masks[order]), []
-        self._size = len(order)
-        # Twice as many next time: every detection is then sorted a few times only.
-        self._prune_at = 2 * max(self._size, self.per_class)
 
-    def _append(self, rows: np.ndarray, masks: np.ndarray) -> None:
-        self._new.append((rows, masks))
-        self._size += len(rows)
-        if self._size >= self._prune_at:
-            self.prune()
-
-
-def run_without_image_cap(
-    images: Sequence[Mapping],
-    categories: Sequence[Mapping],
-    annotations: Sequence[Mapping],
-    best: BestDetections,
-    iou_type: str,
-) -> COCOeval:
-    """Match detections with ground truth in LVIS style, however many an image has.
-
-    Args:
-        images: with the federated lists of categories.
-        categories: of the data set.
-        annotations: ground truth.
-        best: the detections.
-        iou_type: "bbox" or "segm"; the latter needs every detection's mask.
-
-    Returns:
-        hotcoco's evaluation, to be accumulated.
-    """
-    rows, masks = best.detections()
-    if iou_type == "segm":
-        # One by one: pycocotools' area of a list fails beyond 255 masks with numpy 2.
-        areas = np.array([mask_utils.area(mask) for mask in masks], dtype=np.float64)
-    else:
-        areas = rows[:, _WIDTH] * rows[:, _HEIGHT]
+def evaluate_without_image_cap(truth: GroundTruth, best: BestDetections, task: str) -> COCOeval:
+    """Match detections in LVIS style, however many an image has; to be accumulated."""
     # After the limit, so that a detection without area takes a place: lvis-api's order.
-    with_area = areas > 0
-    rows, masks, areas = rows[with_area], masks[with_area], areas[with_area]
-
-    ground_truth = COCO(
-        {"images": list(images), "categories": list(categories), "annotations": list(annotations)}
-    )
-    if iou_type == "segm":
-        results = ground_truth.load_res(rows, segmentation=masks.tolist())
-        # hotcoco has numbered them from 1, and taken the areas of the boxes.
-        results.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
-    else:
-        results = ground_truth.load_res(rows)
+    rows, masks = matchable(*best.detections(), task)
+    ground_truth = COCO(truth.as_coco(task, lvis=True))
+    results = ground_truth.load_res(rows, segmentation=masks)
     # Marked as capped, or hotcoco would take the best 300 of each image after all.
-    evaluation = COCOeval(
-        ground_truth, results.cap_detections_per_image(None), iou_type, lvis_style=True
-    )
+    results = results.cap_detections_per_image(None)
+    evaluation = COCOeval(ground_truth, results, task, lvis_style=True)
     evaluation.params.max_dets = [max(len(rows), 1)]
     evaluation.evaluate()
     return evaluation

@@ -1,41 +1,51 @@
-"""AP by the number of training instances of a class, and the per-class table.
+"""AP by the number of training instances of a class, and what evaluators report of classes.
 
-Shapes: K classes, T IoU thresholds, R recall thresholds. n count thresholds make n + 1 bins.
+Shapes: K classes of the model, C evaluated categories, T IoU thresholds, R recall thresholds, A
+ranges of object sizes, M limits of detections per image. n count thresholds make n + 1 bins.
 """
 
 from __future__ import annotations
 
-import csv
+import itertools
+import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
+from ..utils.files import write_csv
+from .ground_truth import GroundTruth
 
 __all__ = [
+    "DEFAULT_COUNT_THRESHOLDS",
+    "ClassReport",
+    "Counts",
     "ap_per_bin",
     "balanced_ap",
     "bin_index",
-    "bin_table",
-    "check_class_counts",
-    "per_class_ap",
-    "write_per_class_csv",
 ]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_COUNT_THRESHOLDS = (10, 100, 1000)
 
+Counts = Sequence[int] | np.ndarray | torch.Tensor
 
-def bin_index(
-    counts: Sequence[int] | np.ndarray | torch.Tensor,
-    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
-) -> np.ndarray:
+_COLUMNS = (
+    *("category_id", "name", "frequency", "training_instances", "validation_instances"),
+    *("AP", "AP50"),
+)
+
+
+def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS) -> np.ndarray:
     """Find the bin of each count among half-open bins.
 
-    Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), the
-    bins that the Balanced Group Softmax paper reports AP for.
+    Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), for
+    which the Balanced Group Softmax paper reports AP.
 
     Args:
         counts: (K,) training instances of each class.
@@ -53,7 +63,7 @@ def bin_index(
         raise ConfigError(
             f"count_thresholds must be positive and strictly ascending, not {tuple(thresholds)}."
         )
-    counts = _as_array(counts)
+    counts = torch.as_tensor(counts).cpu().numpy()
     if np.any(counts < 0):
         raise DataError(f"class_counts must not be negative, but the smallest is {counts.min()}.")
     return np.searchsorted(bounds, counts, side="right")
@@ -61,14 +71,14 @@ def bin_index(
 
 def ap_per_bin(
     per_class_ap: Sequence[float] | np.ndarray,
-    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    class_counts: Counts,
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> dict[str, float]:
-    """Average AP over the classes of each bin that the evaluated split shows.
+    """Average AP over the classes of each bin.
 
     Args:
-        per_class_ap: (K,) AP of each class, NaN for a class without ground truth. Such a class
-            says nothing about the detector, so it counts neither as 0 nor otherwise.
+        per_class_ap: (K,) AP of each class, NaN for a class without ground truth, which says
+            nothing about the detector and is left out.
         class_counts: (K,) training instances of each class.
         thresholds: bounds of the bins, see `bin_index`.
 
@@ -77,143 +87,107 @@ def ap_per_bin(
         `per_class_ap`; NaN for a bin without an evaluated class.
 
     Raises:
-        DataError: if the two sequences differ in length, or for what `bin_index` rejects.
+        ConfigError, DataError: if the two sequences differ in length, and as `bin_index` does.
     """
     ap = np.asarray(per_class_ap, dtype=np.float64)
-    counts = check_class_counts(class_counts, len(ap))
-    bins = bin_index(counts, thresholds)
-    evaluated = ~np.isnan(ap)
-    return {
-        f"AP{i + 1}": _mean(ap[evaluated & (bins == i)]) for i in range(len(tuple(thresholds)) + 1)
-    }
+    bins = bin_index(_count_array(class_counts, len(ap)), thresholds)
+    return {f"AP{i + 1}": _defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
 
 
 def balanced_ap(bin_aps: Mapping[str, float]) -> float:
-    """Average the AP of the bins, so that each bin weighs the same however many classes it has.
-
-    Args:
-        bin_aps: what `ap_per_bin` returns.
-
-    Returns:
-        Mean over the bins that are not NaN; NaN if all are.
-    """
-    values = np.array(list(bin_aps.values()), dtype=np.float64)
-    return _mean(values[~np.isnan(values)])
+    """Average the defined values of `ap_per_bin`, so that each bin weighs the same; NaN if none."""
+    return _defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
 
 
-def per_class_ap(precision: np.ndarray) -> np.ndarray:
-    """Reduce precision at recall to the AP of each class.
-
-    Args:
-        precision: (T, R, K) as COCO-style evaluation accumulates it, -1 where a class has no
-            ground truth.
-
-    Returns:
-        (K,) AP as a fraction, NaN for classes without ground truth.
-    """
-    no_ground_truth = (precision < 0).any(axis=(0, 1))
-    return np.where(no_ground_truth, np.nan, precision.mean(axis=(0, 1)))
-
-
-def check_class_counts(
-    class_counts: Sequence[int] | np.ndarray | torch.Tensor, num_classes: int
-) -> np.ndarray:
-    """Return the counts as a (K,) array, or say in what they disagree with the classes.
-
-    Raises:
-        DataError: if there is not exactly one count per class.
-    """
-    counts = _as_array(class_counts)
+def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
+    """The counts as a (K,) array; DataError if there is not exactly one per class."""
+    counts = torch.as_tensor(class_counts).cpu().numpy()
     if counts.shape != (num_classes,):
         raise DataError(
-            f"class_counts has shape {counts.shape}, but the evaluated data set has {num_classes} "
+            f"class_counts has shape {counts.shape}, but the evaluated model has {num_classes} "
             "classes: pass one training instance count per class, in contiguous class order."
         )
     return counts
 
 
-def bin_table(
-    per_class_ap: np.ndarray,
-    class_counts: np.ndarray,
-    thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
-) -> str:
-    """Draw AP by training instances as a text table, with the classes behind each number."""
-    bins = bin_index(class_counts, thresholds)
-    bounds = [0, *thresholds, np.inf]
-    rows = [
-        (
-            name,
-            f"[{bounds[i]}, {bounds[i + 1]})",
-            int((bins == i).sum()),
-            int((~np.isnan(per_class_ap[bins == i])).sum()),
-            ap,
-        )
-        for i, (name, ap) in enumerate(ap_per_bin(per_class_ap, class_counts, thresholds).items())
-    ]
-    headers = ("", "training instances", "classes", "evaluated", "AP")
-    return tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f")
+class ClassReport:
+    """AP by training instances (AP1, AP2, ..., bAP), and a table of all classes on disk."""
 
-
-def write_per_class_csv(
-    path: str,
-    *,
-    categories: Sequence[Mapping],
-    validation_instances: Sequence[int],
-    ap: Sequence[float],
-    ap50: Sequence[float],
-    class_counts: Sequence[int] | None = None,
-) -> None:
-    """Write one line per class, in category id order.
-
-    Columns: category_id, name, frequency, training_instances, validation_instances, AP, AP50.
-    The columns are always the same; what is unknown or undefined is an empty cell, which table
-    readers take for a missing value.
-
-    Args:
-        path: file to write; its folder must exist.
-        categories: K dicts with "id" and, where known, "name" and "frequency".
-        validation_instances: (K,) ground truth of the evaluated split.
-        ap: (K,) in percent, NaN without ground truth.
-        ap50: (K,) AP at IoU 0.5, likewise.
-        class_counts: (K,) training instances, None if unknown.
-    """
-    training_instances = [""] * len(categories) if class_counts is None else class_counts
-    with PathManager.open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            (
-                "category_id",
-                "name",
-                "frequency",
-                "training_instances",
-                "validation_instances",
-                "AP",
-                "AP50",
+    def __init__(
+        self,
+        truth: GroundTruth,
+        class_counts: Counts | None = None,
+        count_thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
+        output_dir: str | None = None,
+    ) -> None:
+        """See `LongTailLVISEvaluator`; faulty counts and thresholds are errors from the start."""
+        self._truth = truth
+        self._output_dir = output_dir
+        self._thresholds = tuple(count_thresholds)
+        self._counts = None
+        if class_counts is None:
+            logger.info(
+                "AP1, AP2, ... and bAP are left out: they need class_counts, the training "
+                "instances of each class."
             )
-        )
-        for category, training, validation, class_ap, class_ap50 in zip(
-            categories, training_instances, validation_instances, ap, ap50, strict=True
-        ):
-            writer.writerow(
-                (
-                    category["id"],
-                    category.get("name", ""),
-                    category.get("frequency", ""),
-                    training,
-                    validation,
-                    _cell(class_ap),
-                    _cell(class_ap50),
+        else:
+            self._counts = _count_array(class_counts, truth.num_classes)[truth.classes]
+            bin_index(self._counts, self._thresholds)
+
+    def complete(
+        self, task: str, metrics: dict[str, float], precision: np.ndarray | None
+    ) -> dict[str, float]:
+        """Add the bins' AP to a task's measures (in percent), and write the table of classes.
+
+        Args:
+            task: names the file, ``per_class_{task}.csv``.
+            metrics: measures of the evaluation.
+            precision: (T, R, C, A, M) as COCO-style evaluation accumulates it, with IoU 0.5 and all
+                sizes first; -1 where a class has no ground truth. None if nothing was detected.
+        """
+        truth = self._truth
+        ap = ap50 = np.full(len(truth.classes), np.nan)
+        if precision is not None:
+            precision = precision[..., 0, -1]
+            ap, ap50 = _percent_ap(precision), _percent_ap(precision[:1])
+        if self._counts is not None:
+            bin_aps = ap_per_bin(ap, self._counts, self._thresholds)
+            metrics = {**metrics, **bin_aps, "bAP": balanced_ap(bin_aps)}
+            logger.info("AP by training instances for %s:\n%s", task, self._bin_table(ap, bin_aps))
+        if self._output_dir:
+            # Empty cells, for what is unknown or undefined, are missing values to table readers.
+            file_id = truth.annotations.categories.outside_of
+            training = [""] * len(ap) if self._counts is None else self._counts
+            measured = (["" if np.isnan(v) else f"{v:.4f}" for v in aps] for aps in (ap, ap50))
+            rows = [
+                (file_id(category["id"]), category["name"], category["frequency"], *cells)
+                for category, *cells in zip(
+                    truth.categories, training, truth.instances, *measured, strict=True
                 )
+            ]
+            write_csv(os.path.join(self._output_dir, f"per_class_{task}.csv"), _COLUMNS, rows)
+        return metrics
+
+    def _bin_table(self, ap: np.ndarray, bin_aps: dict[str, float]) -> str:
+        bins = bin_index(self._counts, self._thresholds)
+        bounds = itertools.pairwise([0, *self._thresholds, math.inf])
+        rows = [
+            (name, f"[{low}, {high})", (bins == i).sum(), (~np.isnan(ap[bins == i])).sum(), bin_ap)
+            for i, ((name, bin_ap), (low, high)) in enumerate(
+                zip(bin_aps.items(), bounds, strict=True)
             )
+        ]
+        rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
+        headers = ("", "training instances", "classes", "evaluated", "AP")
+        return tabulate(rows, headers, "pipe", ".3f")
 
 
-def _cell(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.4f}"
+def _defined_mean(values: np.ndarray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
-
-
-def _as_array(counts: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    return counts.cpu().numpy() if isinstance(counts, torch.Tensor) else np.asarray(counts)
+def _percent_ap(precision: np.ndarray) -> np.ndarray:
+    """(C,) AP in percent from precision (T, R, C), NaN for classes without ground truth."""
+    no_ground_truth = (precision < 0).any(axis=(0, 1))
+    return np.where(no_ground_truth, np.nan, 100 * precision.mean(axis=(0, 1)))

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import Instances
 
-from ..data.annotations import AnnotationSet, read_annotations
+from ..data.annotations import AnnotationSet, Id, read_annotations
 from ..data.build import evaluated_classes
 from ..errors import DataError
-from .bins import check_class_counts
 
-__all__ = ["GroundTruth"]
+__all__ = ["GroundTruth", "PredictionError"]
+
+
+class PredictionError(DataError):
+    """Predictions do not fit the annotation file, or are not numbers."""
 
 
 class GroundTruth:
     """An annotation file and the model's class of each of its categories.
 
-    Evaluators work with the ids of inside (:class:`bags_d2.data.annotations.Ids`); what a user sees
-    has those of the file.
+    Evaluators work with inside ids (:class:`bags_d2.data.annotations.Ids`); users see the file's.
 
     Attributes:
         annotations: the file's content.
         num_classes: classes of the model, K.
-        positions: of the categories that are evaluated, C of them, in the order of their ids: the
-            order of every per-class result.
-        category_of_class: id inside of the category of a class of the model.
+        classes: (C,) the model's class of each category that is evaluated, in the order of category
+            ids, which is that of every per-class result.
+        categories: C dicts with "id", "name" and "frequency" (None if the file has none).
+        instances: (C,) numbers of objects.
     """
 
     def __init__(
@@ -39,41 +42,30 @@ class GroundTruth:
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
     ) -> None:
-        """
-        Args:
-            json_file: the annotation file.
-            metadata: of the data set.
-            class_names: names of the model's classes; see
-                :func:`bags_d2.data.build.evaluated_classes`.
-            common_classes_only: likewise.
-
-        Raises:
-            MissingFileError: if there is no such file.
-            ConfigError, DataError: if it is faulty, or has other classes than the model.
-        """
+        """See :func:`read_annotations`, and :func:`evaluated_classes` for the other arguments."""
         self.path = os.fspath(json_file)
         self.annotations: AnnotationSet = read_annotations(json_file)
         classes = evaluated_classes(
             self.path, self.annotations, metadata or {}, class_names, in_common=common_classes_only
         )
         self.num_classes = len(classes if class_names is None else class_names)
-        self.positions = np.flatnonzero(classes >= 0)
-        self._classes = classes[self.positions]
-        ids = self.annotations.categories.inside
-        self.category_of_class = {
-            c: ids[p] for c, p in zip(self._classes.tolist(), self.positions.tolist(), strict=True)
-        }
-        self._known = set(self.category_of_class.values())
+        positions = np.flatnonzero(classes >= 0)
+        self.classes = classes[positions]
+        self.instances = self.annotations.instance_counts()[positions]
+        ids, names = self.annotations.categories.inside, self.annotations.names
+        self.categories = [
+            {"id": ids[p], "name": names[p], "frequency": self.annotations.frequencies[p]}
+            for p in positions
+        ]
+        self._known = {category["id"] for category in self.categories}
+        self._category_of_class = torch.full((self.num_classes,), -1)
+        self._category_of_class[torch.from_numpy(self.classes)] = torch.arange(len(self.classes))
 
     @classmethod
     def of_dataset(
         cls, name: str, class_names: Sequence[str] | None, common_classes_only: bool
     ) -> GroundTruth:
-        """That of a registered data set, or one that has metadata.
-
-        Raises:
-            DataError: if its metadata name no annotation file.
-        """
+        """That of a data set with metadata; DataError if they name no annotation file."""
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file") is None:
             raise DataError(
@@ -83,42 +75,17 @@ class GroundTruth:
         return cls(metadata.json_file, metadata, class_names, common_classes_only)
 
     @property
-    def categories(self) -> list[dict]:
-        """Id and name in the file, and frequency, of each evaluated category."""
-        truth = self.annotations
-        keys = ("id", "name", "frequency")
-        columns = (truth.categories.outside, truth.names, truth.frequencies)
-        return [dict(zip(keys, (c[p] for c in columns), strict=True)) for p in self.positions]
+    def has_plain_ids(self) -> bool:
+        """Whether inside ids are those of the file."""
+        return self.annotations.images.are_plain and self.annotations.categories.are_plain
 
-    @functools.cached_property
-    def instances(self) -> list[int]:
-        """Objects of each evaluated category."""
-        return self.annotations.instance_counts()[self.positions].tolist()
-
-    def training_instances(
-        self, class_counts: Sequence[int] | np.ndarray | torch.Tensor
-    ) -> np.ndarray:
-        """Counts (C,) of the evaluated categories, from those (K,) of the model's classes.
-
-        Raises:
-            DataError: if there is not exactly one for each class.
-        """
-        return check_class_counts(class_counts, self.num_classes)[self._classes]
-
-    def category_rows(self) -> list[dict]:
-        """The evaluated categories with the keys that an evaluation needs."""
-        ids, names = self.annotations.categories.inside, self.annotations.names
-        return [{"id": ids[p], "name": names[p]} for p in self.positions]
-
-    def image_row(self, position: int, *, lvis: bool) -> dict:
+    def image_row(self, position: int) -> dict:
         """An image with the keys that an evaluation needs."""
-        image = self.annotations.image_rows[position]
+        image, ids = self.annotations.image_rows[position], self.annotations.categories.inside
         row = {"id": self.annotations.images.inside[position], "file_name": ""}
         row.update(height=image["height"], width=image["width"])
-        if lvis:
-            ids = self.annotations.categories.inside
-            for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-                row[key] = [ids[p] for p in image[key] or () if ids[p] in self._known]
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            row[key] = [ids[p] for p in image[key] or () if ids[p] in self._known]
         return row
 
     def truths(self, position: int, task: str | None, *, lvis: bool) -> list[dict]:
@@ -126,16 +93,52 @@ class GroundTruth:
         truths = self.annotations.ground_truth(position, task, lvis=lvis)
         return [truth for truth in truths if truth["category_id"] in self._known]
 
+    def as_coco(self, task: str | None, *, lvis: bool) -> dict:
+        """The whole in COCO's format; without "annotations" if the file has none."""
+        positions = range(len(self.annotations.images))
+        content = {
+            "images": [self.image_row(position) for position in positions],
+            "categories": self.categories,
+        }
+        if self.annotations.has_annotations:
+            content["annotations"] = [
+                truth for p in positions for truth in self.truths(p, task, lvis=lvis)
+            ]
+        return content
+
+    def image_position(self, image_id: Id) -> int:
+        """Position of an image by its id of either kind; PredictionError if it is unknown."""
+        position = self.annotations.images.position(image_id)
+        if position is None:
+            raise PredictionError(
+                f"Predictions are for image {image_id}, which {self.path} does not list: evaluate "
+                "with the annotations of the data set that was predicted."
+            )
+        return position
+
+    def evaluated_instances(self, instances: Instances, position: int) -> Instances:
+        """Detections of evaluated categories in an image, on the CPU, with pred_classes below C."""
+        instances = instances.to("cpu")
+        classes = instances.pred_classes
+        if ((classes < 0) | (classes >= self.num_classes)).any():
+            raise PredictionError(
+                f"Image {self.annotations.images.outside[position]} has predicted classes from "
+                f"{int(classes.min())} to {int(classes.max())}, but {self.path} has the classes 0 "
+                f"to {self.num_classes - 1}: set MODEL.ROI_HEADS.NUM_CLASSES to "
+                f"{self.num_classes}."
+            )
+        instances.pred_classes = self._category_of_class[classes]
+        is_evaluated = instances.pred_classes >= 0
+        # Indexing copies all masks.
+        return instances if is_evaluated.all() else instances[is_evaluated]
+
     def with_file_ids(self, detections: Sequence[dict]) -> Sequence[dict]:
         """Detections with the ids of the file, as they are written for users."""
-        images, categories = self.annotations.images, self.annotations.categories
-        if images.are_plain and categories.are_plain:
+        if self.has_plain_ids:
             return detections
+        image_id = self.annotations.images.outside_of
+        category_id = self.annotations.categories.outside_of
         return [
-            {
-                **detection,
-                "image_id": images.outside_of(detection["image_id"]),
-                "category_id": categories.outside_of(detection["category_id"]),
-            }
-            for detection in detections
+            {**d, "image_id": image_id(d["image_id"]), "category_id": category_id(d["category_id"])}
+            for d in detections
         ]

@@ -85,7 +85,7 @@ def evaluated(name, kind, task="bbox"):
     """Objects of each class in the ground truth that an evaluator matches, ignored ones aside."""
     metadata = MetadataCatalog.get(name)
     truth = GroundTruth(metadata.json_file, metadata)
-    class_of = {category: c for c, category in truth.category_of_class.items()}
+    class_of = {row["id"]: c for row, c in zip(truth.categories, truth.classes, strict=True)}
     return Counter(
         class_of[t["category_id"]]
         for position in range(len(truth.annotations.images))

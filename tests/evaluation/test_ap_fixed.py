@@ -13,7 +13,7 @@ from test_lvis_evaluation import category_ids_of, model_results, register, run
 from bags_d2 import BAGSTrainer, ConfigError
 from bags_d2.evaluation import LongTailLVISEvaluator
 from bags_d2.evaluation.ap_fixed import BestDetections
-from bags_d2.evaluation.lvis_evaluation import _merge_best
+from bags_d2.evaluation.detections import to_rows
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
 NO_CAP = 10**6
@@ -125,19 +125,18 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
 
 
 def test_what_is_kept_does_not_depend_on_the_order_and_stays_small():
-    def detection(score, category, x):
-        return {"category_id": category, "score": score, "bbox": [x, 0, 1, 1]}
+    def detection(image, category, x):
+        score = 0.1 * (image % 5)
+        return {"image_id": image, "category_id": category, "score": score, "bbox": [x, 0, 1, 1]}
 
-    images = {
-        i: [detection(0.1 * (i % 5), c, x) for x, c in enumerate((1, 1, 2))] for i in range(40)
-    }
+    images = {i: [detection(i, c, x) for x, c in enumerate((1, 1, 2))] for i in range(40)}
     orders = [list(images), list(images)[::-1]]
     kept = []
     for order in orders:
         best = BestDetections(per_class=6)
         for image in order:
-            best.add(image, images[image])
-            assert len(best) < 2 * 2 * 6
+            best.add(*to_rows(images[image], ()))
+            assert sum(map(len, [best._kept[0], *(rows for rows, _ in best._new)])) < 2 * 2 * 6
         rows, _ = best.detections()
         kept.append(rows.tolist())
         assert best.num_full_classes() == 2
@@ -152,9 +151,9 @@ def test_an_image_that_two_processes_saw_counts_once():
     for images in ((1, 2), (2, 3)):
         parts.append(BestDetections(per_class=10))
         for image in images:
-            found = {"category_id": 1, "score": 0.5, "bbox": [image, 0, 1, 1]}
-            parts[-1].add(image, [found])
-    rows, _ = _merge_best(parts, [{1, 2}, {2, 3}]).detections()
+            found = {"image_id": image, "category_id": 1, "score": 0.5, "bbox": [image, 0, 1, 1]}
+            parts[-1].add(*to_rows([found], ()))
+    rows, _ = BestDetections.merge(parts, [{1, 2}, {2, 3}]).detections()
     assert rows[:, 0].tolist() == [1, 2, 3]
 
 

@@ -1,4 +1,6 @@
 import csv
+import json
+import logging
 import math
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bags_d2.evaluation import ap_per_bin, balanced_ap, bin_index
-from bags_d2.evaluation.bins import bin_table, per_class_ap, write_per_class_csv
+from bags_d2.evaluation.bins import ClassReport
+from bags_d2.evaluation.ground_truth import GroundTruth
 
 
 def slow_ap_per_bin(ap, counts, thresholds):
@@ -85,38 +88,72 @@ def test_counts_must_fit():
         ap_per_bin([1.0, 2.0], [1, 2, 3])
 
 
-def test_per_class_ap_is_undefined_without_ground_truth():
-    precision = np.full((10, 101, 3), -1.0)
-    precision[..., 0] = 0.0
-    precision[..., 2] = np.linspace(1, 0, 101)
-    np.testing.assert_allclose(per_class_ap(precision), [0.0, np.nan, 0.5])
+CATEGORIES = [{"id": 2, "name": "cat, black", "frequency": "r"}, {"id": 5, "name": "dög"}]
+CATEGORIES += [{"id": 9, "name": "cow"}]
 
 
-def test_bin_table_shows_the_classes_behind_each_number():
-    table = bin_table(np.array([10.0, np.nan, 30.0]), np.array([5, 9, 400]), (10, 100))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+@pytest.fixture
+def truth(tmp_path):
+    """Three classes, of which two have objects."""
+    boxes = [{"id": i, "image_id": 1, "bbox": [0, 0, 9, 9]} for i in range(1, 6)]
+    annotations = [{**box, "category_id": 2 if box["id"] < 5 else 9} for box in boxes]
+    images = [{"id": 1, "width": 10, "height": 10}]
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return GroundTruth(path)
+
+
+@pytest.fixture
+def precision():
+    """(T, R, C, A, M), all sizes and the largest limit being what counts."""
+    precision = np.full((10, 101, 3, 4, 2), -1.0)
+    precision[:, :, 0, 0, 1] = np.linspace(0.2, 0, 10)[:, None]
+    precision[:, :, 2, 0, 1] = np.linspace(1, 0, 101)
+    return precision
+
+
+def test_bins_of_an_evaluation(truth, precision, tmp_path, caplog):
+    """And a class without ground truth has no AP, but one that is never found has 0."""
+    report = ClassReport(truth, torch.tensor([5, 9, 400]), (10, 100))
+    with caplog.at_level(logging.INFO, "bags_d2"):
+        metrics = report.complete("bbox", {"AP": 30.0}, precision)
+    expected = {"AP": 30.0, "AP1": 10.0, "AP2": math.nan, "AP3": 50.0, "bAP": 30.0}
+    assert metrics == pytest.approx(expected, nan_ok=True)
+    lines = caplog.messages[-1].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    assert rows[0] == ["", "training instances", "classes", "evaluated", "AP"]
     assert rows[2] == ["AP1", "[0, 10)", "2", "1", "10.000"]
-    assert rows[4] == ["AP3", "[100, inf)", "1", "1", "30.000"]
+    assert rows[4] == ["AP3", "[100, inf)", "1", "1", "50.000"]
+    assert rows[5] == ["bAP", "", "", "", "30.000"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "truth.json"]
+
+    precision[:, :, 0] = 0
+    assert report.complete("bbox", {}, precision)["AP1"] == 0
+    assert math.isnan(report.complete("bbox", {}, None)["bAP"])
 
 
-def test_per_class_csv(tmp_path):
-    path = tmp_path / "table.csv"
-    write_per_class_csv(
-        str(path),
-        categories=[{"id": 2, "name": "cat, black", "frequency": "r"}, {"id": 5, "name": "dog"}],
-        validation_instances=[4, 0],
-        ap=[12.34567, np.nan],
-        ap50=[20.0, np.nan],
-        class_counts=torch.tensor([7, 300]).numpy(),
-    )
-    rows = list(csv.DictReader(path.open()))
+def test_table_of_classes(truth, precision, tmp_path):
+    out = tmp_path / "out"
+    metrics = {"AP": 30.0}
+    counted = ClassReport(truth, [7, 300, 1], output_dir=str(out))
+    counted.complete("bbox", metrics, precision)
+    with (out / "per_class_bbox.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert rows[0] == {
         "category_id": "2",
         "name": "cat, black",
         "frequency": "r",
         "training_instances": "7",
         "validation_instances": "4",
-        "AP": "12.3457",
+        "AP": "10.0000",
         "AP50": "20.0000",
     }
-    assert (rows[1]["frequency"], rows[1]["AP"], rows[1]["AP50"]) == ("", "", "")
+    assert (rows[1]["name"], rows[1]["frequency"], rows[1]["AP"]) == ("dög", "", "")
+    assert (rows[1]["training_instances"], rows[1]["validation_instances"]) == ("300", "0")
+
+    assert ClassReport(truth, output_dir=str(out)).complete("segm", metrics, None) == metrics
+    with (out / "per_class_segm.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["training_instances"] for row in rows} == {""}
+    assert {row["AP50"] for row in rows} == {""}

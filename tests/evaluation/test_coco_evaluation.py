@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.engine import launch
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -145,3 +147,64 @@ def test_faulty_counts(coco_set):
         LongTailCOCOEvaluator(coco_set[0], class_counts=[1, 2, 3])
     with pytest.raises(ValueError, match="strictly ascending"):
         LongTailCOCOEvaluator(coco_set[0], class_counts=COUNTS, count_thresholds=(5, 5))
+
+
+def test_no_metadata_stay_behind(coco_set, tmp_path):
+    before = set(MetadataCatalog.list())
+    for _ in range(2):
+        LongTailCOCOEvaluator(coco_set[0], output_dir=str(tmp_path))
+    assert set(MetadataCatalog.list()) == before
+
+
+def _evaluate_shard(json_file, results, folder):
+    """Every second image, each found by its id in the file."""
+    name = f"test_coco_{uuid.uuid4().hex}"
+    MetadataCatalog.get(name).set(json_file=str(json_file))
+    evaluator = LongTailCOCOEvaluator(name, output_dir=str(folder))
+    evaluator.reset()
+    for inputs, outputs in results[comm.get_rank() :: comm.get_world_size()]:
+        evaluator.process([{"image_id": f"image {inputs[0]['image_id']}"}], outputs)
+    metrics = evaluator.evaluate()
+    if comm.is_main_process():
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    else:
+        assert metrics == {}
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_two_processes_give_the_results_of_one(coco_set, tmp_path, annotated):
+    """With the ids of the file in results files, also of a test set without annotations."""
+    _, json_file, results = coco_set
+    data = json.loads(json_file.read_text())
+    for image in data["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in data["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+    if not annotated:
+        del data["annotations"]
+    json_file.write_text(json.dumps(data))
+    # The model's classes are in the order of category ids here.
+    for _, outputs in results:
+        classes = [
+            sorted(CATEGORY_IDS).index(CATEGORY_IDS[c])
+            for c in outputs[0]["instances"].pred_classes
+        ]
+        outputs[0]["instances"].pred_classes = torch.tensor(classes)
+
+    metrics, detections = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(_evaluate_shard, processes, dist_url="auto", args=(json_file, results, folder))
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+        found = json.loads((folder / "coco_instances_results.json").read_text())
+        detections.append(sorted(found, key=lambda d: (d["image_id"], d["score"])))
+    assert detections[0] == detections[1]
+    assert len(detections[0]) == sum(len(outputs[0]["instances"]) for _, outputs in results)
+    assert {d["image_id"] for d in detections[0]} == {f"image {i}" for i in range(8)}
+    assert {d["category_id"] for d in detections[0]} <= set(CATEGORY_IDS)
+    if annotated:
+        assert metrics[0]["bbox"]["AP"] > 0
+        assert metrics[1]["bbox"] == pytest.approx(metrics[0]["bbox"], nan_ok=True)
+    else:
+        assert metrics == [{}, {}]

@@ -1,9 +1,11 @@
 import csv
+import errno
 import json
 import logging
 import math
 import uuid
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_utils
@@ -17,7 +19,7 @@ from detectron2.utils import comm
 from lvis_reference import HEIGHT, WIDTH, evaluate_with_lvis_api, random_lvis_set
 from test_bins import slow_ap_per_bin
 
-from bags_d2 import MissingFileError
+from bags_d2 import DataError, MissingFileError
 from bags_d2.evaluation import (
     AnnotationError,
     LongTailLVISEvaluator,
@@ -199,6 +201,49 @@ def test_written_files(tmp_path):
         assert int(row["validation_instances"]) == instances
         if not instances:
             assert row["AP"] == row["AP50"] == ""
+
+
+def test_results_file_appears_whole(tmp_path):
+    """And an evaluation that ends early leaves that of the one before."""
+    json_file, detections = random_lvis_set(4, tmp_path)
+    out = tmp_path / "out"
+    path = out / "lvis_instances_results.json"
+    evaluator = LongTailLVISEvaluator(register(json_file), output_dir=str(out))
+    results = list(model_results(json_file, detections))
+    evaluator.reset()
+    for inputs, outputs in results:
+        evaluator.process(inputs, outputs)
+        assert not path.exists()
+    evaluator.evaluate()
+    whole = path.read_text()
+    assert len(json.loads(whole)) == len(detections)
+
+    for _ in range(2):
+        evaluator.reset()
+        evaluator.process(*results[0])
+    assert path.read_text() == whole
+    evaluator.reset()
+    evaluator.evaluate()
+    assert json.loads(path.read_text()) == []
+    files = ["lvis_instances_results.json", "per_class_bbox.csv", "per_class_segm.csv"]
+    assert sorted(p.name for p in out.iterdir()) == files
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    json_file, detections = random_lvis_set(4, tmp_path)
+    out = tmp_path / "out"
+    evaluator = LongTailLVISEvaluator(register(json_file), output_dir=str(out))
+    evaluator.reset()
+
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluator._results_file, "_file", SimpleNamespace(write=write))
+    results = model_results(json_file, detections)
+    inputs, outputs = next(r for r in results if len(r[1][0]["instances"]))
+    with pytest.raises(DataError, match=r"results\.json' could not be written \(No space left"):
+        evaluator.process(inputs, outputs)
+    assert list(out.iterdir()) == []
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):

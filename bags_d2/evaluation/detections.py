@@ -1,0 +1,62 @@
+"""Detections as hotcoco takes them fastest: an array of boxes, and masks beside it.
+
+Shapes: N detections. A row is (image id, x, y, width, height, score, category id).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import pycocotools.mask as mask_utils
+
+from .ground_truth import PredictionError
+
+__all__ = ["CATEGORY", "IMAGE", "SCORE", "matchable", "to_rows"]
+
+IMAGE, _WIDTH, _HEIGHT, SCORE, CATEGORY = 0, 3, 4, 5, 6
+_GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
+
+
+def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Check detections in LVIS results format, and make them an array.
+
+    Returns:
+        Rows (N, 7) and masks (N,) in run-length code, None where ``tasks`` need none.
+
+    Raises:
+        PredictionError: for non-finite numbers, and if a detection lacks the box or mask of a task.
+    """
+    for key in [_GEOMETRY_KEYS[task] for task in tasks]:
+        for detection in detections:
+            if key not in detection:
+                raise PredictionError(
+                    f"A detection in image {detection['image_id']} has no '{key}', which a task of "
+                    f"{tuple(tasks)} needs: set MODEL.MASK_ON to True, or leave the task out."
+                )
+    rows = np.array(
+        [
+            (d["image_id"], *d.get("bbox", (0, 0, 0, 0)), d["score"], d["category_id"])
+            for d in detections
+        ],
+        dtype=np.float64,
+    ).reshape(-1, 7)
+    if not np.isfinite(rows).all():
+        raise PredictionError(
+            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
+            "has diverged, or its checkpoint is damaged."
+        )
+    masks = [d["segmentation"] if "segm" in tasks else None for d in detections]
+    return rows, np.array(masks, dtype=object)
+
+
+def matchable(rows: np.ndarray, masks: np.ndarray, task: str) -> tuple[np.ndarray, list | None]:
+    """Rows and masks that a task matches: those with an area, which in "segm" is the mask's."""
+    if task == "segm":
+        # hotcoco takes the area of the row's box for that of the mask. pycocotools' area of a list
+        # fails beyond 255 masks with numpy 2.
+        rows = rows.copy()
+        rows[:, _WIDTH] = [mask_utils.area(mask) for mask in masks]
+        rows[:, _HEIGHT] = 1
+    has_area = rows[:, _WIDTH] * rows[:, _HEIGHT] > 0
+    return rows[has_area], masks[has_area].tolist() if task == "segm" else None
