@@ -145,7 +145,7 @@ def test_evaluation_uses_the_groups_of_the_checkpoint(trained_bags, tiny, tmp_pa
     results = run(*options, flags=["--eval-only"])
     assert any("its own groups" in m and "are used" in m for m in messages())
     assert results["bbox"]["AP"] == pytest.approx(results_of(trained_bags)["bbox"]["AP"])
-    with pytest.raises(ConfigError, match="groups the classes otherwise"):
+    with pytest.raises(ConfigError, match="groups the classes differently"):
         run(*options)
 
 

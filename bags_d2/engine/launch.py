@@ -28,9 +28,9 @@ def process_count(args: argparse.Namespace) -> int:
 def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:
     """Run ``main`` in every process of a training run.
 
-    Under torchrun the processes are there already, and the flags of Detectron2's launcher are not
-    used. Otherwise they are spawned by Detectron2's ``launch``. If one ends with an error or is
-    killed, the others on its machine are stopped.
+    Under torchrun the processes exist and the flags of Detectron2's launcher are ignored; otherwise
+    Detectron2's ``launch`` spawns them. If one fails or is killed, the others on its machine are
+    stopped.
 
     Args:
         main: what to run; a function that can be pickled.
@@ -44,9 +44,8 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(*main_args)
-        # Together, so that none is gone while another still talks to it. The group is left to the
-        # end of the process, as Detectron2's launcher leaves it: gloo may abort where one process
-        # takes it down before another.
+        # So that none is gone while another still talks to it. The group is not destroyed, as gloo
+        # may abort where one process does so before another.
         comm.synchronize()
         return
     if args.num_gpus > torch.cuda.device_count() > 0:

@@ -11,8 +11,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from ..solver import clip_full_model
-from .frozen import skip_frozen_parts
-from .trainable import freeze_norm_statistics, select_trainable_params
+from .freezing import freeze_norm_statistics, select_trainable_params, skip_frozen_parts
 
 __all__ = ["clipped_sgd", "trainable_params"]
 
@@ -20,16 +19,13 @@ __all__ = ["clipped_sgd", "trainable_params"]
 def trainable_params(
     model: nn.Module, globs: Sequence[str] = (), skip_frozen: bool = True, **kwargs
 ) -> list[dict]:
-    """Freeze all but chosen parameters, and return those for an optimizer.
+    """Freeze all but chosen parameters, and return those in groups for an optimizer.
 
     Args:
         model: the model.
         globs: names of what trains, as in ``MODEL.TRAINABLE_PARAMS``; () is everything.
-        skip_frozen: leave out of training what reaches no trainable parameter.
+        skip_frozen: as ``MODEL.SKIP_FROZEN``.
         **kwargs: for Detectron2's ``get_default_optimizer_params``.
-
-    Returns:
-        Parameter groups.
 
     Raises:
         ConfigError: if a glob matches nothing.
@@ -43,13 +39,7 @@ def trainable_params(
 
 
 def clipped_sgd(params, max_norm: float, **kwargs) -> torch.optim.SGD:
-    """SGD that clips the norm of all gradients taken together.
-
-    Args:
-        params: parameter groups.
-        max_norm: largest L2 norm.
-        **kwargs: for ``torch.optim.SGD``.
-    """
+    """``torch.optim.SGD`` that clips the L2 norm of all gradients taken together."""
     optimizer = torch.optim.SGD(params, **kwargs)
     clip_full_model(optimizer, max_norm)
     return optimizer

@@ -48,10 +48,7 @@ class FolderInUseError(BagsError):
 
 
 def require_file(path: str | os.PathLike) -> str:
-    """The local path of a regular file.
-
-    Args:
-        path: a path, or a URL that Detectron2's PathManager knows.
+    """The local path of a regular file, given by path or by a URL that Detectron2 knows.
 
     Raises:
         MissingFileError: if it does not exist.
@@ -121,7 +118,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _check_expanded_size(content: Any) -> None:
-    """A few aliases of aliases mean billions of values to whoever walks over them."""
+    # A few aliases of aliases mean billions of values to whoever walks over them.
     pending, count = [content], 0
     while pending:
         node = pending.pop()
@@ -135,11 +132,6 @@ def _check_expanded_size(content: Any) -> None:
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that appears under its name once the block ends without an error.
-
-    ::
-
-        with write_atomically("results.csv") as file:
-            file.write(text)
 
     Args:
         path: a local path; its folder is created.
@@ -181,31 +173,19 @@ def dump_json(content: Any) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write strict JSON (:func:`dump_json`) atomically.
-
-    Raises:
-        DataError: if it cannot be written.
-    """
+    """Write strict JSON (:func:`dump_json`) atomically."""
     with write_atomically(path) as file:
         file.write(dump_json(content))
 
 
 def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table as CSV (UTF-8) atomically.
-
-    Raises:
-        DataError: if it cannot be written.
-    """
+    """Write a table as CSV (UTF-8) atomically."""
     with write_atomically(path) as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, computed once for each version of it.
-
-    Raises:
-        MissingFileError, DataError: if it is not a regular file.
-    """
+    """SHA-256 of a file, computed once for each version of it."""
     local = require_file(path)
     found = os.stat(local)
     # The time of the last change of status cannot be set back, as that of the content can.
@@ -215,19 +195,13 @@ def content_hash(path: str | os.PathLike) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _hash_of_version(path: str, version: tuple[int, ...]) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go when the process ends, however it ends.
-
-    Args:
-        folder: a local folder, created if need be.
+    """Hold a local folder (created if need be) until the block ends or the process, in any way.
 
     Raises:
         FolderInUseError: if another process holds it.
@@ -255,7 +229,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
                 "folder."
             ) from None
         command = " ".join(sys.argv)[:300]
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
         yield
