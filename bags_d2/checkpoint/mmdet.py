@@ -1,8 +1,7 @@
 """Checkpoints of the BAGS authors' code (mmdetection 1.x) in this package's terms.
 
-Names, the place of the background class and the order of grouped logits differ; the numbers are
-taken as they are. What no renaming can carry over (colour order, RoIAlign, anchors, ...) is in
-``configs/mmdet/Base-mmdet.yaml`` and docs/mmdet_checkpoints.md.
+Names, the place of the background class and the order of grouped logits differ. What no renaming
+can carry over (colour order, RoIAlign, anchors, ...) is in ``configs/mmdet/Base-mmdet.yaml``.
 
 Shapes: K foreground classes, G foreground groups, C = K + G + 2 logits.
 """
@@ -111,10 +110,7 @@ class GroupLayout:
 
     @classmethod
     def from_counts(cls, class_counts: torch.Tensor, thresholds: tuple[int, ...]) -> "GroupLayout":
-        """The layout that the authors' scripts would make of training counts.
-
-        It is this package's: "others" first in each group, then its classes by category id.
-        """
+        """The layout that the authors' scripts make of training counts, which is this package's."""
         groups = ClassGroups.from_counts(class_counts, thresholds)
         return cls(groups, torch.arange(groups.num_logits))
 

@@ -92,8 +92,7 @@ class _PlainUnpickler(pickle._Unpickler):
             "__builtin__.bytes": lambda: b"",
             **builders,
         }
-        if persistent_load is not None:
-            self.persistent_load = persistent_load
+        self.persistent_load = persistent_load or self.refuse
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy has renamed its modules.
@@ -101,9 +100,6 @@ class _PlainUnpickler(pickle._Unpickler):
         if known not in self.builders:
             raise UnsafePickleError(f"unsupported global {module}.{name}")
         return self.builders[known]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise UnsafePickleError("unsupported persistent id")
 
     def array(self, data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
         data = self.checked_bytes(data, dtype, shape)
@@ -128,7 +124,7 @@ class _PlainUnpickler(pickle._Unpickler):
         self.budget.spend(len(text))
         return text.encode("latin1")
 
-    def refuse(self) -> None:
+    def refuse(self, *_) -> None:
         raise UnsafePickleError("unsupported opcode")
 
     def load_bytearray8(self) -> None:
@@ -160,8 +156,7 @@ class _PlainUnpickler(pickle._Unpickler):
             item.__setstate__((1, shape, dtype, bool(is_fortran), bytes(data)))
         elif isinstance(item, np.dtype):
             # Other states have fields, or flags that make numpy take numbers for objects.
-            version, order, *rest = state
-            if version != 3 or order not in ("<", ">", "|", "=") or rest != _NO_FIELDS:
+            if state not in [(3, order, None, None, None, -1, -1, 0) for order in "<>|"]:
                 raise UnsafePickleError("unsupported class of arrays: dtype with fields")
             item.__setstate__(state)
         elif type(item) is collections.OrderedDict:
@@ -181,13 +176,10 @@ class _PlainUnpickler(pickle._Unpickler):
     }
 
 
-_NO_FIELDS = [None, None, None, -1, -1, 0]
-
-
 def _dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype:
     if not isinstance(name, str) or not _NUMERIC.fullmatch(name):
         raise UnsafePickleError(f"unsupported class of arrays: dtype {name!r:.20}")
-    return np.dtype(name, copy=True)  # its byte order is set later
+    return np.dtype(name, copy=True)  # a state with its byte order follows
 
 
 def plain_dict(pairs: Iterable, kind: type[dict] = dict) -> dict:

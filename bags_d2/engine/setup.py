@@ -136,21 +136,18 @@ def check_device(cfg: CfgNode) -> None:
     name = cfg.MODEL.DEVICE
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"MODEL.DEVICE is '{name}'; set it to cuda or cpu.") from None
+        if device.type != "cuda":  # whose context costs memory in each process
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ConfigError(
+            f"MODEL.DEVICE is '{name}', which does not work here; set it to cuda or cpu."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         which = f" of number {device.index}" if device.index else ""
         raise ConfigError(
             f"MODEL.DEVICE is '{name}' but there is no CUDA device{which}; add 'MODEL.DEVICE cpu' "
             "to the command."
         )
-    if device.type not in ("cuda", "cpu"):
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise ConfigError(
-                f"MODEL.DEVICE is '{name}', which does not work here; set it to cuda or cpu."
-            ) from None
 
 
 def log_changed_settings(cfg: CfgNode) -> None:
