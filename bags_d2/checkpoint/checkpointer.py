@@ -95,7 +95,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
             pass
         raise DataError(
             f"'{tag}' names no checkpoint of its folder; write the name of one into it, or delete "
-            "it to start anew."
+            "it to start afresh."
         )
 
     def resume_or_load(self, path, *, resume=True):
@@ -115,7 +115,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"Checkpoint '{path}' holds the state of another run ({_first_line(error)}); make "
-                "the config that of the run, or start anew without --resume."
+                "the config that of the run, or start afresh without --resume."
             ) from None
         finally:
             self._parsed_url_during_load = None  # the parent leaves it set after an error
@@ -194,8 +194,8 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 self._path,
                 ", ".join(new),
             )
-        # State of a classifier (its class groups, counts, or what a loss has accumulated) starts
-        # anew where a checkpoint has none; frozen BatchNorm layers need no batch counters.
+        # State of a classifier (class groups, counts, what a loss has accumulated) may start
+        # afresh; frozen BatchNorm layers need no batch counters.
         known = {*new} if self.stage2 else set()
         known |= {k for k in missing if ".box_predictor" in k and k not in parameters}
         super()._log_incompatible_keys(

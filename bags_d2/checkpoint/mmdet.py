@@ -68,7 +68,7 @@ class GroupLayout:
                 first; 0 is "others" and, in the first bin, background.
             pred_slice: (G + 1, 2), first logit and number of logits of each bin.
             thresholds: edges of the groups.
-            class_counts: K training instances; None if they are not at hand.
+            class_counts: K training instances; None if unknown.
 
         Raises:
             DataError: if the files contradict each other, the thresholds or the counts.

@@ -69,7 +69,7 @@ class _NonFiniteGuard:
             )
         self.skips_left -= 1
         logger.warning("%s; the step is left out, %d more may be", message, self.skips_left)
-        if not isinstance(self, AMPTrainer):  # whose GradScaler leaves such a step out by itself
+        if not isinstance(self, AMPTrainer):  # whose GradScaler skips such a step
             for parameter in self.model.parameters():
                 parameter.grad = None
 

@@ -3,19 +3,16 @@
 import argparse
 import os
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from detectron2 import engine
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
 from ..errors import BagsError, ConfigError, one_sentence, worker_error
 
 __all__ = ["launch", "process_count"]
-
-# How long collective operations wait for other processes, as Detectron2 has it.
-TIMEOUT = timedelta(minutes=30)
 
 
 def process_count(args: argparse.Namespace) -> int:
@@ -67,8 +64,11 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             raise
         raise BagsError(message) from None
     except multiprocessing.ProcessExitedException as error:
+        how = f"exit status {error.exit_code}"
+        if error.signal_name is not None:
+            how = f"signal {error.signal_name}, as when memory runs out"
         raise BagsError(
-            f"Process {error.error_index} of this machine ended early ({_ending(error)}), so the "
+            f"Process {error.error_index} of this machine ended early ({how}), so the "
             "others were stopped; run the same command with --resume to go on from the last "
             "checkpoint."
         ) from None
@@ -78,11 +78,5 @@ def _join_torchrun() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    distributed.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-
-
-def _ending(error: multiprocessing.ProcessExitedException) -> str:
-    if error.signal_name is not None:
-        return f"signal {error.signal_name}, as when memory runs out"
-    return f"exit status {error.exit_code}"

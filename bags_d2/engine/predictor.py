@@ -99,6 +99,10 @@ class LongTailPredictor(DefaultPredictor):
                 training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
             opts: further config keys and values.
             device: None is the config's, or the CPU where there is no CUDA device.
+
+        Raises:
+            MissingFileError: if there is no such config or no checkpoint.
+            ConfigError: if the config is faulty, or the checkpoint does not fit it.
         """
         name = os.fspath(config_file)
         path = name if os.path.isfile(name) else model_zoo.get_config_file(name)

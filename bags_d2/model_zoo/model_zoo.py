@@ -1,4 +1,4 @@
-"""Configs and checkpoints by name, wherever the package is installed."""
+"""Configs and checkpoints by name."""
 
 import argparse
 import os

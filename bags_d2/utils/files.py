@@ -15,9 +15,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -142,21 +142,18 @@ def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    partial = None
+    # Beside the file, since a rename is atomic within a file system only.
+    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the file, since a rename is atomic within a file system only.
-        descriptor, partial = tempfile.mkstemp(".partial", f".{path.name[:100]}.", path.parent)
-        with open(descriptor, mode, **text) as file:
+        with open(partial, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
     except BaseException as error:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         # torch.save hides the system's error behind one of its own.
         system = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(system, OSError) and not isinstance(system, BagsError):
@@ -250,12 +247,6 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _finite(content: Any) -> Any:
