@@ -54,7 +54,7 @@ def run(cfg, args):
 
 
 def load_for_evaluation(cfg, resume):
-    """The model with its weights; training annotations are read if the weights do not tell all."""
+    """The model with its weights; training annotations are read only if the weights need them."""
     alone = cfg.clone()
     alone.defrost()
     alone.DATASETS.TRAIN = ()

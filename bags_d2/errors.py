@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message names the file or key and the remedy.
+"""Errors that a user can fix: each message names the file or key and the remedy.
 
 Entry points print these as one sentence; anything else keeps its traceback.
 """
@@ -44,18 +44,14 @@ class NonFiniteLossError(BagsError, FloatingPointError):
 
 
 def one_sentence(error: BaseException) -> str:
-    """The message of an error of this package.
-
-    Other processes (of a data loader, of a training run) hand their errors on as the text of a
-    traceback, at whose end the message stands.
-    """
+    """The message of an error, found at the end of the traceback that another process hands on."""
     text = str(error)
     own = re.findall(r"^bags_d2\.[\w.]+: (.*)$", text, re.MULTILINE)
     return own[-1] if own else text
 
 
 def worker_error(error: RuntimeError) -> BagsError | None:
-    """What torch says where a worker process of a data loader has died; None of other errors."""
+    """The error for a data loader's worker process that has died; None for other errors."""
     died = re.search(r"DataLoader worker .*(?:killed|exited)[^\n]*", str(error))
     if died is None:
         return None
@@ -67,7 +63,7 @@ def worker_error(error: RuntimeError) -> BagsError | None:
 
 @contextlib.contextmanager
 def exit_with_one_sentence() -> Iterator[None]:
-    """For entry points: end with a sentence instead of a traceback where the user can help."""
+    """For entry points: end with a sentence, not a traceback, where the user can fix the cause."""
     try:
         yield
     except BagsError as error:

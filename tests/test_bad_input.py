@@ -154,8 +154,8 @@ OPTIONS = {
     "unknown RoI heads": (["MODEL.ROI_HEADS.NAME", "NoHeads"], r"one of .*LongTailROIHeads"),
     "unknown box head": (["MODEL.ROI_BOX_HEAD.NAME", "NoHead"], r"one of FastRCNNConvFCHead"),
     "unknown proposal generator": (["MODEL.PROPOSAL_GENERATOR.NAME", "NoRPN"], r"one of .*RPN"),
-    "no such device": (["MODEL.DEVICE", "gpu"], r"MODEL\.DEVICE is 'gpu'; set it to cuda or cpu"),
-    "misspelt device": (["MODEL.DEVICE", "cpux"], r"MODEL\.DEVICE is 'cpux'; set it to"),
+    "no such device": (["MODEL.DEVICE", "gpu"], r"DEVICE is 'gpu', .*; set it to cuda or cpu"),
+    "misspelt device": (["MODEL.DEVICE", "cpux"], r"DEVICE is 'cpux', .*; set it to cuda"),
     "device of no memory": (
         ["MODEL.DEVICE", "meta"],
         r"MODEL\.DEVICE is 'meta', which does not wo",

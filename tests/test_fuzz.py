@@ -174,6 +174,8 @@ def attacks(folder):
         + b"q\xc80"
         + (name("_codecs", "encode") + b"h\xc8U\x06latin1\x86Ra") * 2000,
         "nested_key": b"}" + nested + b"Ns",
+        "nested_key_of_pairs": call(name("collections", "OrderedDict"), b"](" + nested + b"Nta"),
+        "nested_key_of_counter": call(name("collections", "Counter"), b"](" + nested + b"Nta"),
         "nested_list": b"]" * 300_000 + b"a" * 299_999,
         "memo_index": b"Nr\xff\xff\xff\xff",
         "length": b"\x8e" + b"\xff" * 7 + b"\x7f",

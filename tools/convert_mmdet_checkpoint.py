@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 
 from bags_d2 import DataError, MissingFileError
-from bags_d2.checkpoint.files import read_checkpoint, read_tensor
+from bags_d2.checkpoint.files import read_tensor, read_torch
 from bags_d2.checkpoint.mmdet import GroupLayout, convert_state_dict
 from bags_d2.data.class_counts import training_class_counts
 from bags_d2.data.class_record import ClassRecord
@@ -53,8 +53,8 @@ def main() -> None:
     cfg = setup_cfg(args)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    checkpoint = read_checkpoint(args.input)["model"]
-    if "state_dict" not in checkpoint:
+    checkpoint = read_torch(args.input)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise DataError(f"'{args.input}' has no 'state_dict': not a checkpoint of mmdetection.")
     is_grouped = cfg.MODEL.ROI_BOX_PREDICTOR.NAME == "BAGSOutputLayers"
     layout = group_layout(args, cfg) if is_grouped else None

@@ -1,4 +1,4 @@
-"""Loading checkpoints, with a plain account of what was not loaded."""
+"""Loading checkpoints, with an account of what was not loaded."""
 
 import logging
 import os
@@ -21,15 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class LongTailCheckpointer(DetectionCheckpointer):
-    """``DetectionCheckpointer`` that tells an intended new classifier from a mistake.
+    """``DetectionCheckpointer`` that distinguishes an intended new classifier from a mistake.
 
-    Detectron2 warns of every parameter that a checkpoint does not fill and goes on. In stage 2
-    one such parameter is intended, the classifier, and a second one would be a disaster: a frozen
-    layer of random weights. So
-
-    - new parameters that train are named in one line;
-    - new parameters that do not train are an error, and in evaluation all are;
-    - a checkpoint with another number of class groups is an error.
+    Detectron2 warns of parameters that a checkpoint does not fill, and goes on. In stage 2 a new
+    classifier is intended, and named in one line; a frozen layer of random weights would be a
+    disaster, so that is an error, as in evaluation is any new parameter. So is a checkpoint with
+    other class groups.
     """
 
     def __init__(
@@ -45,14 +42,12 @@ class LongTailCheckpointer(DetectionCheckpointer):
     ) -> None:
         """
         Args:
-            model: the model.
-            save_dir: folder of the checkpoints.
-            evaluating: whether the weights are to be used as they are.
-            stage2: whether MODEL.TRAINABLE_PARAMS selects a part of the model to train.
-            new_classifier: whether the classifier of an initial checkpoint is to be left out; that
-                of a run which is resumed is not.
+            model, save_dir, **kwargs: as for ``DetectionCheckpointer``; a local folder.
+            evaluating: the weights are used as they are.
+            stage2: MODEL.TRAINABLE_PARAMS selects a part of the model to train.
+            new_classifier: leave out the classifier of an initial checkpoint; that of a run which
+                is resumed is loaded.
             classes: what saved checkpoints are to remember of the classes.
-            **kwargs: as for ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.evaluating = evaluating
@@ -63,42 +58,34 @@ class LongTailCheckpointer(DetectionCheckpointer):
         self._path = ""
 
     def save(self, name, **kwargs):
-        """As the parent's, with the record of the classes; a file is whole if it has its name.
+        """Save atomically, with the record of the classes.
 
         Raises:
             DataError: if it cannot be written, as on a full disk; nothing is left of it then.
         """
-        kwargs = {**self.classes.for_checkpoint(), **kwargs}
-        if "://" in self.save_dir or not (self.save_dir and self.save_to_disk):
-            return super().save(name, **kwargs)
-        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        if not (self.save_dir and self.save_to_disk):
+            return
+        content = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        content |= {"model": self.model.state_dict(), **self.classes.for_checkpoint(), **kwargs}
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
         try:
             with write_atomically(path, "wb") as file:
-                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+                torch.save(content, file)
         except (DataError, RuntimeError) as error:  # RuntimeError: torch's for a full disk
             raise DataError(
                 f"Checkpoint '{name}.pth' could not be written to '{self.save_dir}' "
                 f"({_first_line(error)}); free some space, and go on from the one before "
                 "it with --resume."
             ) from None
-        return self.tag_last_checkpoint(path.name)
+        self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename):
-        if "://" in self.save_dir:
-            return super().tag_last_checkpoint(last_filename_basename)
         with write_atomically(Path(self.save_dir) / "last_checkpoint") as file:
-            return file.write(last_filename_basename)
+            file.write(last_filename_basename)
 
     def get_checkpoint_file(self):
-        """As the parent's.
-
-        Raises:
-            DataError: if ``last_checkpoint`` names no file of its folder.
-        """
-        if "://" in self.save_dir:
-            return super().get_checkpoint_file()
+        """The file that ``last_checkpoint`` names; a DataError if its folder has none such."""
         tag = Path(self.save_dir) / "last_checkpoint"
         try:
             name = tag.read_text(encoding="utf-8").strip()
@@ -108,16 +95,15 @@ class LongTailCheckpointer(DetectionCheckpointer):
             pass
         raise DataError(
             f"'{tag}' names no checkpoint of its folder; write the name of one into it, or delete "
-            "it to start anew."
+            "it to start afresh."
         )
 
     def resume_or_load(self, path, *, resume=True):
-        """As the parent's."""
         self._resuming = resume and self.has_checkpoint()
         return super().resume_or_load(path, resume=resume)
 
     def load(self, path, *args, **kwargs):
-        """As the parent's; a local file that does not exist is a MissingFileError."""
+        """Load, with every failure a BagsError."""
         self._path = path
         is_local = path and "://" not in path
         if is_local and not os.path.isfile(path.partition("?")[0]):
@@ -129,7 +115,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"Checkpoint '{path}' holds the state of another run ({_first_line(error)}); make "
-                "the config that of the run, or start anew without --resume."
+                "the config that of the run, or start afresh without --resume."
             ) from None
         finally:
             self._parsed_url_during_load = None  # the parent leaves it set after an error
@@ -167,9 +153,9 @@ class LongTailCheckpointer(DetectionCheckpointer):
         for name, class_to_group in before.items():
             if not torch.equal(class_to_group, grouped[name].class_to_group):
                 raise ConfigError(
-                    f"Checkpoint '{self._path}' groups the classes otherwise than the config "
-                    "would (MODEL.BAGS.GROUP_THRESHOLDS, MODEL.LONG_TAIL, the training set); make "
-                    "them agree, or start from a stage-1 checkpoint."
+                    f"Checkpoint '{self._path}' groups the classes differently from the config "
+                    "(MODEL.BAGS.GROUP_THRESHOLDS, MODEL.LONG_TAIL, the training set); make them "
+                    "agree, or start from a stage-1 checkpoint."
                 )
         return incompatible
 
@@ -208,16 +194,15 @@ class LongTailCheckpointer(DetectionCheckpointer):
                 self._path,
                 ", ".join(new),
             )
-        # What was just told needs no second warning. State of a classifier (its class groups,
-        # counts, or what a loss has accumulated) starts anew where a checkpoint has none, and
-        # frozen BatchNorm layers have no use for their batch counters.
-        told = {*new} if self.stage2 else set()
-        told |= {k for k in missing if ".box_predictor" in k and k not in parameters}
+        # State of a classifier (class groups, counts, what a loss has accumulated) may start
+        # afresh; frozen BatchNorm layers need no batch counters.
+        known = {*new} if self.stage2 else set()
+        known |= {k for k in missing if ".box_predictor" in k and k not in parameters}
         super()._log_incompatible_keys(
             type(incompatible)(
-                [k for k in incompatible.missing_keys if k not in told],
+                [k for k in incompatible.missing_keys if k not in known],
                 [k for k in incompatible.unexpected_keys if not k.endswith("num_batches_tracked")],
-                [row for row in incompatible.incorrect_shapes if row[0] not in told],
+                [row for row in incompatible.incorrect_shapes if row[0] not in known],
             )
         )
 
@@ -236,12 +221,11 @@ class LongTailCheckpointer(DetectionCheckpointer):
         if first in misshaped:
             old, new = misshaped[first]
             first += f" (shape {old} in the checkpoint, {new} in the model)"
+        remedy = "set MODEL.WEIGHTS to a checkpoint of this model and these classes."
+        use = "evaluated without training" if self.evaluating else "kept frozen"
         if self._resuming:
             remedy = "make the config that of the run which is resumed, or name another OUTPUT_DIR."
-        else:
-            remedy = "set MODEL.WEIGHTS to a checkpoint of this model and these classes."
-        use = "evaluated without training" if self.evaluating else "kept frozen"
-        use = "resumed" if self._resuming else use
+            use = "resumed"
         return (
             f"Checkpoint '{self._path}' has no weights for {len(names)} parameters that would be "
             f"{use}, the first being {first}: {remedy}"

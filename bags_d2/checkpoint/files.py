@@ -1,9 +1,9 @@
 """Checkpoint files as data: reading one runs no code that it brings.
 
-A pickle can name any function for Python to call. Weights need tensors and plain containers only,
-so nothing else is built from a file, unless the user trusts all checkpoints of a run by setting
-the environment variable ``BAGS_D2_TRUST_CHECKPOINTS=1``. A config key would not do: configs are
-passed around together with checkpoints.
+A pickle can name any function for Python to call. Nothing but tensors and plain containers is built
+from a file, unless the user trusts all checkpoints of a run by ``BAGS_D2_TRUST_CHECKPOINTS=1`` in
+the environment. A config key would not do: configs are passed around together with checkpoints.
+torch's own ``weights_only`` is no substitute, since hostile files crash or hang it.
 """
 
 import collections
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import ConfigError, DataError
 from ..utils.files import require_file
-from .plain_pickle import Budget, UnsafePickleError, read_plain_pickle
+from .plain_pickle import Budget, UnsafePickleError, plain_dict, read_plain_pickle
 
 __all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights", "read_tensor", "read_torch"]
 
@@ -30,19 +30,12 @@ TRUST_VARIABLE = "BAGS_D2_TRUST_CHECKPOINTS"
 # What torch.save's older format starts with.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+# Storages are named after C's types.
 _DTYPES = {
-    "Double": torch.float64,
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
+    **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8},
+    **{"Byte": torch.uint8, "Bool": torch.bool, "BFloat16": torch.bfloat16},
+    **{"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
 }
 
 
@@ -52,12 +45,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     The forms: ``.pth`` of Detectron2 or a bare state dict; ``.pyth`` of pycls; ``.pkl`` of
     Detectron2's model zoo and of Caffe2.
 
-    Args:
-        path: the file, or a URL that Detectron2's PathManager knows.
-
     Returns:
-        A dict with the weights under "model" (tensors or, from a ``.pkl``, numpy arrays), and
-        whatever else the file holds.
+        The weights under "model" (tensors or, from a ``.pkl``, numpy arrays), and whatever else
+        the file holds.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -86,28 +76,23 @@ def read_model_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """Whatever plain data ``torch.save`` has written, its tensors on the CPU.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if it is damaged, or would build objects other than data.
-    """
+    """Plain data that ``torch.save`` has written, on the CPU; raises as :func:`read_checkpoint`."""
     return _read(path, _load)
 
 
 def read_tensor(path: str | os.PathLike) -> torch.Tensor:
-    """One tensor, as ``torch.save`` writes it; see :func:`read_torch`."""
+    """One tensor that ``torch.save`` has written; see :func:`read_torch`."""
     content = read_torch(path)
     if not isinstance(content, torch.Tensor):
         raise DataError(f"'{os.fspath(path)}' must hold a tensor, found {type(content).__name__}.")
     return content
 
 
-def _read(path: str | os.PathLike, read: Callable[[IO[bytes], bool], Any]) -> Any:
+def _read(path: str | os.PathLike, read: Callable[..., Any]) -> Any:
     name, trusted = os.fspath(path), _is_trusted()
     with open(require_file(path), "rb") as file:
         try:
-            return read(file, trusted)
+            return read(file, os.fstat(file.fileno()).st_size, trusted)
         except UnsafePickleError as error:
             raise DataError(
                 f"Checkpoint '{name}' would build other objects than tensors when loaded "
@@ -118,18 +103,18 @@ def _read(path: str | os.PathLike, read: Callable[[IO[bytes], bool], Any]) -> An
             detail = (str(error).strip().splitlines() or [""])[0]
             raise DataError(
                 f"'{name}' is truncated or not a checkpoint "
-                f"({type(error).__name__}: {detail[:120]!s}); copy or make it again."
+                f"({type(error).__name__}: {detail[:120]}); copy or make it again."
             ) from None
 
 
-def _unpickle(file: IO[bytes], trusted: bool) -> Any:
+def _unpickle(file: IO[bytes], size: int, trusted: bool) -> Any:
     if trusted:
-        return pickle.Unpickler(file, encoding="latin1").load()
+        return pickle.load(file, encoding="latin1")
     # Twice: of Python 2's pickles, arrays are text first.
-    return read_plain_pickle(file, 2 * _size(file))
+    return read_plain_pickle(file, 2 * size)
 
 
-def _load(file: IO[bytes], trusted: bool) -> Any:
+def _load(file: IO[bytes], size: int, trusted: bool) -> Any:
     is_zip = file.read(4) == b"PK\x03\x04"
     file.seek(0)
     if trusted:
@@ -137,13 +122,13 @@ def _load(file: IO[bytes], trusted: bool) -> Any:
             raise zipfile.BadZipFile(f"Bad CRC-32 for file '{damaged}'")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=False)
-    return _load_zip(file) if is_zip else _load_legacy(file)
+    return (_load_zip if is_zip else _load_legacy)(file, size)
 
 
-def _load_zip(file: IO[bytes]) -> Any:
+def _load_zip(file: IO[bytes], size: int) -> Any:
     """``torch.save``'s archive: a pickle, and each storage as a member, whose CRC is checked."""
     archive = zipfile.ZipFile(file)
-    budget = Budget(_size(file))
+    budget = Budget(size)
     (root,) = (n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl"))
     storages: dict[str, torch.Tensor] = {}
 
@@ -167,12 +152,11 @@ def _load_zip(file: IO[bytes]) -> Any:
     if has_order and read("byteorder").tobytes() != sys.byteorder.encode():
         raise ValueError("its byte order is another machine's")
     data = io.BytesIO(read("data.pkl"))
-    return read_plain_pickle(data, _size(file), _torch_builders(_size(file)), load_storage)
+    return read_plain_pickle(data, size, _torch_builders(size), load_storage)
 
 
-def _load_legacy(file: IO[bytes]) -> Any:
+def _load_legacy(file: IO[bytes], size: int) -> Any:
     """The format before torch 1.6: pickles, then the storages that they name."""
-    size = _size(file)
     budget = Budget(size)
     if read_plain_pickle(file, size) != _LEGACY_MAGIC:
         raise ValueError("torch.save has not written it")
@@ -218,7 +202,7 @@ def _torch_builders(size: int) -> dict[str, Any]:
         "torch._utils._rebuild_parameter": lambda data, requires_grad, _: nn.Parameter(
             data, requires_grad is True
         ),
-        "collections.Counter": lambda counts: collections.Counter(dict(counts)),
+        "collections.Counter": lambda counts: collections.Counter(plain_dict(counts.items())),
         "torch.Size": lambda sizes: torch.Size(sizes),
         "torch.device": lambda *name: torch.device(*name),
         **{f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()},
@@ -246,14 +230,8 @@ def _check_weights(name: str, weights: Any) -> None:
 
 def _is_trusted() -> bool:
     value = os.environ.get(TRUST_VARIABLE, "").strip().lower()
-    if value in ("1", "true", "yes", "on"):
-        return True
-    if value in ("", "0", "false", "no", "off"):
-        return False
-    raise ConfigError(
-        f"{TRUST_VARIABLE} is '{value}'; set it to 1 to run what checkpoints bring, or to 0."
-    )
-
-
-def _size(file: IO[bytes]) -> int:
-    return os.fstat(file.fileno()).st_size
+    if value not in ("1", "true", "yes", "on", "", "0", "false", "no", "off"):
+        raise ConfigError(
+            f"{TRUST_VARIABLE} is '{value}'; set it to 1 to run what checkpoints bring, or to 0."
+        )
+    return value in ("1", "true", "yes", "on")

@@ -1,14 +1,13 @@
 """Checkpoints of the BAGS authors' code (mmdetection 1.x) in this package's terms.
 
-Names, the place of the background class and the order of grouped logits differ; the numbers are
-taken as they are. What no renaming can carry over (colour order, RoIAlign, anchors, ...) is in
-``configs/mmdet/Base-mmdet.yaml`` and docs/mmdet_checkpoints.md.
+Names, the place of the background class and the order of grouped logits differ. What no renaming
+can carry over (colour order, RoIAlign, anchors, ...) is in ``configs/mmdet/Base-mmdet.yaml``.
 
 Shapes: K foreground classes, G foreground groups, C = K + G + 2 logits.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,40 +17,28 @@ from ..modeling.class_groups import ClassGroups
 
 __all__ = ["GroupLayout", "convert_state_dict"]
 
-_BOTTOM_UP = "backbone.bottom_up."
-_RPN = "proposal_generator.rpn_head."
-# Patterns of whole names. A cascade's stage is the number after "bbox_head.".
-_RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
-    (r"backbone\.conv1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.\1"),
-    (r"backbone\.bn1\.(\w+)", rf"{_BOTTOM_UP}stem.conv1.norm.\1"),
-    (r"backbone\.layer(\d)\.(\d+)\.conv(\d)\.(\w+)", lambda m: _block(m, f"conv{m[3]}.{m[4]}")),
-    (r"backbone\.layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: _block(m, f"conv{m[3]}.norm.{m[4]}")),
-    (r"backbone\.layer(\d)\.(\d+)\.downsample\.0\.(\w+)", lambda m: _block(m, f"shortcut.{m[3]}")),
-    (
-        r"backbone\.layer(\d)\.(\d+)\.downsample\.1\.(\w+)",
-        lambda m: _block(m, f"shortcut.norm.{m[3]}"),
-    ),
-    (
-        r"neck\.lateral_convs\.(\d)\.conv\.(\w+)",
-        lambda m: f"backbone.fpn_lateral{_up(m[1], 2)}.{m[2]}",
-    ),
-    (r"neck\.fpn_convs\.(\d)\.conv\.(\w+)", lambda m: f"backbone.fpn_output{_up(m[1], 2)}.{m[2]}"),
-    (r"rpn_head\.rpn_conv\.(\w+)", rf"{_RPN}conv.\1"),
-    (r"rpn_head\.rpn_cls\.(\w+)", rf"{_RPN}objectness_logits.\1"),
-    (r"rpn_head\.rpn_reg\.(\w+)", rf"{_RPN}anchor_deltas.\1"),
-    (
-        r"bbox_head\.((?:\d\.)?)shared_fcs\.(\d)\.(\w+)",
-        lambda m: f"roi_heads.box_head.{m[1]}fc{_up(m[2], 1)}.{m[3]}",
-    ),
-    (r"bbox_head\.((?:\d\.)?)fc_cls\.(\w+)", r"roi_heads.box_predictor.\1cls_score.\2"),
-    (r"bbox_head\.((?:\d\.)?)fc_reg\.(\w+)", r"roi_heads.box_predictor.\1bbox_pred.\2"),
-    (
-        r"mask_head\.convs\.(\d)\.conv\.(\w+)",
-        lambda m: f"roi_heads.mask_head.mask_fcn{_up(m[1], 1)}.{m[2]}",
-    ),
-    (r"mask_head\.upsample\.(\w+)", r"roi_heads.mask_head.deconv.\1"),
-    (r"mask_head\.conv_logits\.(\w+)", r"roi_heads.mask_head.predictor.\1"),
-)
+_BLOCK = r"backbone\.layer(\d)\.(\d+)\."
+_HEAD = r"bbox_head\.((?:\d\.)?)"  # with the stage of a cascade
+# Patterns of whole names, and what they become; "\1+2" adds 2 to the number in the first bracket.
+_RENAMES = {
+    r"backbone\.conv1\.(\w+)": r"backbone.bottom_up.stem.conv1.\1",
+    r"backbone\.bn1\.(\w+)": r"backbone.bottom_up.stem.conv1.norm.\1",
+    _BLOCK + r"conv(\d)\.(\w+)": r"backbone.bottom_up.res\1+1.\2.conv\3.\4",
+    _BLOCK + r"bn(\d)\.(\w+)": r"backbone.bottom_up.res\1+1.\2.conv\3.norm.\4",
+    _BLOCK + r"downsample\.0\.(\w+)": r"backbone.bottom_up.res\1+1.\2.shortcut.\3",
+    _BLOCK + r"downsample\.1\.(\w+)": r"backbone.bottom_up.res\1+1.\2.shortcut.norm.\3",
+    r"neck\.lateral_convs\.(\d)\.conv\.(\w+)": r"backbone.fpn_lateral\1+2.\2",
+    r"neck\.fpn_convs\.(\d)\.conv\.(\w+)": r"backbone.fpn_output\1+2.\2",
+    r"rpn_head\.rpn_conv\.(\w+)": r"proposal_generator.rpn_head.conv.\1",
+    r"rpn_head\.rpn_cls\.(\w+)": r"proposal_generator.rpn_head.objectness_logits.\1",
+    r"rpn_head\.rpn_reg\.(\w+)": r"proposal_generator.rpn_head.anchor_deltas.\1",
+    _HEAD + r"shared_fcs\.(\d)\.(\w+)": r"roi_heads.box_head.\1fc\2+1.\3",
+    _HEAD + r"fc_cls\.(\w+)": r"roi_heads.box_predictor.\1cls_score.\2",
+    _HEAD + r"fc_reg\.(\w+)": r"roi_heads.box_predictor.\1bbox_pred.\2",
+    r"mask_head\.convs\.(\d)\.conv\.(\w+)": r"roi_heads.mask_head.mask_fcn\1+1.\2",
+    r"mask_head\.upsample\.(\w+)": r"roi_heads.mask_head.deconv.\1",
+    r"mask_head\.conv_logits\.(\w+)": r"roi_heads.mask_head.predictor.\1",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ class GroupLayout:
                 first; 0 is "others" and, in the first bin, background.
             pred_slice: (G + 1, 2), first logit and number of logits of each bin.
             thresholds: edges of the groups.
-            class_counts: K training instances; None if they are not at hand.
+            class_counts: K training instances; None if unknown.
 
         Raises:
             DataError: if the files contradict each other, the thresholds or the counts.
@@ -94,26 +81,23 @@ class GroupLayout:
                 "before them (MODEL.BAGS.GROUP_THRESHOLDS)."
             )
         slots = label2binlabel[1:, 1:].long()  # (G, K)
-        first_bin = label2binlabel[0]
-        if (
-            not bool(((slots > 0).sum(dim=0) == 1).all())
-            or bool(label2binlabel[:, 0].any())
-            or not bool((first_bin[1:] == 1).all())
-        ):
+        in_one_bin = ((slots > 0).sum(dim=0) == 1).all() and (label2binlabel[0, 1:] == 1).all()
+        if not in_one_bin or label2binlabel[:, 0].any():
             raise DataError(
                 "label2binlabel must put every class into one bin, after a first of two."
             )
         class_to_group = slots.argmax(dim=0) + 1
-        counts = torch.full_like(class_to_group, -1) if class_counts is None else class_counts
-        groups = ClassGroups(class_to_group, counts, thresholds)
+        if class_counts is None:
+            class_counts = torch.full_like(class_to_group, -1)
+        else:
+            _check_counts(class_to_group, class_counts, thresholds)
+        groups = ClassGroups(class_to_group, class_counts, thresholds)
         starts, lengths = pred_slice.long().unbind(dim=1)
         if lengths.tolist() != list(groups.widths):
             raise DataError(
                 f"pred_slice has bins of {lengths.tolist()} logits, label2binlabel of "
                 f"{list(groups.widths)}."
             )
-        if class_counts is not None:
-            _check_counts(groups, class_counts, thresholds)
         columns = torch.full((groups.num_logits,), -1)
         columns[0], columns[1] = starts[0], starts[0] + 1
         for group, columns_of_group in enumerate(groups.group_slices[1:]):
@@ -126,10 +110,7 @@ class GroupLayout:
 
     @classmethod
     def from_counts(cls, class_counts: torch.Tensor, thresholds: tuple[int, ...]) -> "GroupLayout":
-        """The layout that the authors' scripts would make of training counts.
-
-        It is this package's: "others" first in each group, then its classes by category id.
-        """
+        """The layout that the authors' scripts make of training counts, which is this package's."""
         groups = ClassGroups.from_counts(class_counts, thresholds)
         return cls(groups, torch.arange(groups.num_logits))
 
@@ -168,22 +149,18 @@ def convert_state_dict(
 
 
 def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement) if isinstance(replacement, str) else replacement(match)
+    for pattern, template in _RENAMES.items():
+        if match := re.fullmatch(pattern, name):
+
+            def fill(place: re.Match, match: re.Match = match) -> str:
+                found = match[int(place[1])]
+                return str(int(found) + int(place[2])) if place[2] else found
+
+            return re.sub(r"\\(\d)(?:\+(\d))?", fill, template)
     raise DataError(
         f"'{name}' is no part of a Faster, Mask or Cascade R-CNN of mmdetection 1.x; hybrid task "
         "cascades, cascades with masks and deformable convolution cannot be converted."
     )
-
-
-def _block(match: re.Match, rest: str) -> str:
-    return f"{_BOTTOM_UP}res{_up(match[1], 1)}.{match[2]}.{rest}"
-
-
-def _up(number: str, by: int) -> int:
-    return int(number) + by
 
 
 def _reorder(
@@ -211,23 +188,21 @@ def _without_background(
     tensor: torch.Tensor, num_classes: int, rows: int, name: str
 ) -> torch.Tensor:
     """Background's rows come first, and are never used."""
-    if len(tensor) != rows * (num_classes + 1):
-        raise DataError(
-            f"'{name}' has {len(tensor)} rows where {rows * (num_classes + 1)} were expected."
-        )
+    expected = rows * (num_classes + 1)
+    if len(tensor) != expected:
+        raise DataError(f"'{name}' has {len(tensor)} rows where {expected} were expected.")
     return tensor[rows:]
 
 
-def _check_counts(groups: ClassGroups, class_counts: torch.Tensor, thresholds) -> None:
-    expected = ClassGroups.from_counts(class_counts, thresholds).class_to_group
-    if expected.shape != groups.class_to_group.shape:
+def _check_counts(class_to_group: torch.Tensor, class_counts: torch.Tensor, thresholds) -> None:
+    if len(class_counts) != len(class_to_group):
         raise DataError(
-            f"label2binlabel is of {groups.num_classes} classes, the training counts of "
+            f"label2binlabel is of {len(class_to_group)} classes, the training counts of "
             f"{len(class_counts)}."
         )
-    differ = int((expected != groups.class_to_group).sum())
-    if differ:
+    expected = ClassGroups.from_counts(class_counts, thresholds).class_to_group
+    if differ := int((expected != class_to_group).sum()):
         raise DataError(
-            f"label2binlabel groups {differ} classes otherwise than the training counts; are they "
-            "of the same data set?"
+            f"label2binlabel groups {differ} classes differently from the training counts; are "
+            "they of the same data set?"
         )

@@ -1,6 +1,6 @@
-"""Pickles as data: a machine for the opcodes that weights are written with, and no others.
+"""Pickles as data: Python's unpickler, held to the opcodes that weights are written with.
 
-Python's own unpickler calls what a file names, sets what state it likes on the result, and hashes
+As it is, it calls what a file names, sets what state it likes on the result, and hashes
 keys nested so deeply that the interpreter dies. Here a file chooses among the few builders below,
 which check what they are given, and what it builds is no larger than the bytes it brings.
 """
@@ -8,29 +8,33 @@ which check what they are given, and what it builds is no larger than the bytes 
 import collections
 import math
 import pickle
-import pickletools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["Budget", "Builder", "UnsafePickleError", "read_plain_pickle"]
+__all__ = ["Budget", "UnsafePickleError", "plain_dict", "read_plain_pickle"]
 
 # dtypes as numpy's pickles name them: numbers only, of fixed size.
 _NUMERIC = re.compile(r"b1|[iu][1248]|f[248]|c8|c16")
 _KEYS = (str, int, float, bytes, type(None))
 
-# Opcodes that push what follows them.
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    # Text of Python 2, which pickletools decodes as latin1.
-    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-
-Builder = Callable[..., Any]
+# What Python's own unpickler does of these is harmless; the rest is refused or replaced below.
+_HARMLESS = [
+    getattr(pickle, name)[0]
+    for name in (
+        *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE"),
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING"),  # text of Python 2
+        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BINPERSID"),  # of what find_class gives
+    )
+]
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -49,19 +53,11 @@ class Budget:
             raise ValueError("it holds less than it promises")
 
 
-class _Unfinished:
-    """An object that the file goes on to give a state; references then mean the finished one."""
-
-    def __init__(self, finish: Callable[[Any], Any]) -> None:
-        self.finish = finish
-        self.finished: Any = self
-
-
 def read_plain_pickle(
     file: IO[bytes],
     size: int,
     builders: Mapping[str, Any] | None = None,
-    persistent_load: Builder | None = None,
+    persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Read one pickle of plain containers, numbers, text and numpy's numeric arrays.
 
@@ -76,176 +72,121 @@ def read_plain_pickle(
         UnsafePickleError: if it asks for anything else.
         Exception: of nearly any type, if it is damaged.
     """
-    names = {**_numpy_builders(Budget(size)), **(builders or {})}
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
+    return _PlainUnpickler(file, Budget(size), builders or {}, persistent_load).load()
 
-    def pop_from_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
 
-    def find(module: str, name: str) -> Any:
+# The C implementation has no table of opcodes to choose from.
+class _PlainUnpickler(pickle._Unpickler):
+    def __init__(self, file, budget, builders, persistent_load) -> None:
+        super().__init__(file, encoding="latin1")
+        self.budget = budget
+        self.builders = {
+            "numpy.ndarray": "ndarray",  # an argument of _reconstruct
+            "numpy.multiarray._reconstruct": lambda kind, shape, typecode: np.empty(0),
+            "numpy.multiarray.scalar": lambda dtype, data: self.array(data, dtype, ()),
+            "numpy.numeric._frombuffer": self.array,
+            "numpy.dtype": _dtype,
+            "_codecs.encode": self.encode,
+            "collections.OrderedDict": lambda pairs=(): plain_dict(pairs, collections.OrderedDict),
+            "builtins.bytes": lambda: b"",
+            "__builtin__.bytes": lambda: b"",
+            **builders,
+        }
+        self.persistent_load = persistent_load or self.refuse
+
+    def find_class(self, module: str, name: str) -> Any:
         # numpy has renamed its modules.
         known = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")
-        if known not in names:
+        if known not in self.builders:
             raise UnsafePickleError(f"unsupported global {module}.{name}")
-        return names[known]
+        return self.builders[known]
 
-    for opcode, arg, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                (result,) = stack
-                return result
-            case "MARK":
-                marks.append(len(stack))
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                pop_from_mark()
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "LIST":
-                stack.append(pop_from_mark())
-            case "DICT":
-                items = pop_from_mark()
-                stack.append({})
-                _set_items(stack[-1], items)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                stack.append(tuple(pop_from_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                items = stack[-count:]
-                del stack[-count:]
-                stack.append(tuple(items))
-            case "APPEND":
-                item = stack.pop()
-                _of_type(list, stack[-1]).append(item)
-            case "APPENDS":
-                items = pop_from_mark()
-                _of_type(list, stack[-1]).extend(items)
-            case "SETITEM":
-                items = [stack.pop(), stack.pop()][::-1]
-                _set_items(stack[-1], items)
-            case "SETITEMS":
-                items = pop_from_mark()
-                _set_items(stack[-1], items)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                item = memo[arg]
-                stack.append(item.finished if isinstance(item, _Unfinished) else item)
-            case "GLOBAL":
-                stack.append(find(*arg.split(" ", 1)))
-            case "STACK_GLOBAL":
-                name = stack.pop()
-                stack.append(find(stack.pop(), name))
-            case "REDUCE":
-                arguments = _of_type(tuple, stack.pop())
-                build = stack.pop()
-                if not callable(build):
-                    raise UnsafePickleError(f"unsupported call of {type(build).__name__}")
-                stack.append(build(*arguments))
-            case "BUILD":
-                state = stack.pop()
-                item = stack[-1]
-                if isinstance(item, _Unfinished):
-                    stack[-1] = item.finished = item.finish(state)
-                elif type(item) is collections.OrderedDict:
-                    # torch's state dicts: the versions of their modules.
-                    item._metadata = state.get("_metadata")
-                else:
-                    raise UnsafePickleError(f"unsupported state of {type(item).__name__}")
-            case "BINPERSID" if persistent_load:
-                stack.append(persistent_load(stack.pop()))
-            case name if name in _LITERALS:
-                stack.append(arg)
-            case name:
-                raise UnsafePickleError(f"unsupported opcode {name}")
-    raise EOFError("no end")
+    def array(self, data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+        data = self.checked_bytes(data, dtype, shape)
+        return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order)
 
-
-def _numpy_builders(budget: Budget) -> dict[str, Any]:
-    """What numpy's pickles call; its own functions would take any dtype and any state."""
-
-    def array(data: Any, dtype: Any, shape: tuple, order: str = "C") -> np.ndarray:
+    def checked_bytes(self, data: Any, dtype: Any, shape: Any) -> bytes | bytearray:
         data = data.encode("latin1") if isinstance(data, str) else data
         if not isinstance(data, bytes | bytearray):
             raise UnsafePickleError(f"unsupported array of {type(data).__name__}")
-        size = math.prod(_of_type(tuple, shape)[:65]) * _of_type(np.dtype, dtype).itemsize
-        if len(data) != size:
-            raise ValueError(f"{len(data)} bytes for an array of {size}")
-        budget.spend(len(data))
-        return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order)
+        if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or len(shape) > 32:
+            raise TypeError("an array without a dtype or a shape")
+        if any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"an array of shape {shape}")
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{len(data)} bytes for an array of shape {shape}")
+        self.budget.spend(len(data))
+        return data
 
-    def empty_array(kind: Any, shape: Any, typecode: Any) -> _Unfinished:
-        def finish(state: tuple) -> np.ndarray:
-            _, shape, dtype, is_fortran, data = state
-            return array(data, dtype, shape, "F" if is_fortran else "C")
-
-        return _Unfinished(finish)
-
-    def dtype(name: str, align: Any = False, copy: Any = True) -> _Unfinished:
-        if not isinstance(name, str) or not _NUMERIC.fullmatch(name):
-            raise UnsafePickleError(f"unsupported class of arrays: dtype {name!r:.20}")
-
-        def finish(state: tuple) -> np.dtype:
-            if state[2:5] != (None, None, None):
-                raise UnsafePickleError("unsupported class of arrays: dtype with fields")
-            return np.dtype(name).newbyteorder(state[1])
-
-        return _Unfinished(finish)
-
-    def encode(text: str, encoding: str) -> bytes:
+    def encode(self, text: str, encoding: str) -> bytes:
         if encoding not in ("latin1", "latin-1"):
             raise UnsafePickleError(f"unsupported global encoding {encoding!r:.20}")
-        budget.spend(len(text))
+        self.budget.spend(len(text))
         return text.encode("latin1")
 
-    return {
-        "numpy.ndarray": "ndarray",  # an argument of _reconstruct
-        "numpy.multiarray._reconstruct": empty_array,
-        "numpy.multiarray.scalar": lambda dtype, data: array(data, dtype, ()),
-        "numpy.numeric._frombuffer": array,
-        "numpy.dtype": dtype,
-        "_codecs.encode": encode,
-        "collections.OrderedDict": _ordered_dict,
-        "builtins.bytes": lambda: b"",
-        "__builtin__.bytes": lambda: b"",
+    def refuse(self, *_) -> None:
+        raise UnsafePickleError("unsupported opcode")
+
+    def load_bytearray8(self) -> None:
+        (length,) = np.frombuffer(self.read(8), "<u8")
+        self.append(bytearray(self.read(int(length))))  # no longer than the file
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self.set_items(items)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
+
+    def set_items(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise TypeError(f"items for {type(self.stack[-1]).__name__}")
+        self.stack[-1].update(plain_dict(zip(items[::2], items[1::2], strict=True)))
+
+    def load_build(self) -> None:
+        state, item = self.stack.pop(), self.stack[-1]
+        if type(item) is np.ndarray:
+            _, shape, dtype, is_fortran, data = state
+            data = self.checked_bytes(data, dtype, shape)
+            item.__setstate__((1, shape, dtype, bool(is_fortran), bytes(data)))
+        elif isinstance(item, np.dtype):
+            # Other states have fields, or flags that make numpy take numbers for objects.
+            if state not in [(3, order, None, None, None, -1, -1, 0) for order in "<>|"]:
+                raise UnsafePickleError("unsupported class of arrays: dtype with fields")
+            item.__setstate__(state)
+        elif type(item) is collections.OrderedDict:
+            # torch's state dicts: the versions of their modules.
+            item._metadata = state.get("_metadata")
+        else:
+            raise UnsafePickleError(f"unsupported state of {type(item).__name__}")
+
+    dispatch = dict.fromkeys(pickle._Unpickler.dispatch, refuse)
+    dispatch |= {code: pickle._Unpickler.dispatch[code] for code in _HARMLESS}
+    dispatch |= {
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BUILD[0]: load_build,
     }
 
 
-def _ordered_dict(pairs: list = ()) -> collections.OrderedDict:
-    built = collections.OrderedDict()
+def _dtype(name: Any, align: Any = False, copy: Any = True) -> np.dtype:
+    if not isinstance(name, str) or not _NUMERIC.fullmatch(name):
+        raise UnsafePickleError(f"unsupported class of arrays: dtype {name!r:.20}")
+    return np.dtype(name, copy=True)  # a state with its byte order follows
+
+
+def plain_dict(pairs: Iterable, kind: type[dict] = dict) -> dict:
+    """A dict of keys that are safe to hash: tuples nested deeply enough end the interpreter."""
+    built = kind()
     for key, value in pairs:
-        _set_items(built, [key, value])
-    return built
-
-
-def _set_items(mapping: Any, items: list[Any]) -> None:
-    if not isinstance(mapping, dict):
-        raise TypeError(f"items for {type(mapping).__name__}")
-    for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, _KEYS):
             raise UnsafePickleError(f"unsupported class of keys: {type(key).__name__}")
-        mapping[key] = value
-
-
-def _of_type(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} where {kind.__name__} is expected")
-    return value
+        built[key] = value
+    return built

@@ -12,8 +12,11 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from ..data.class_counts import count_classes
-from ..engine.frozen import skip_frozen_parts
-from ..engine.trainable import freeze_norm_statistics, select_trainable_params
+from ..engine.freezing import (
+    freeze_norm_statistics,
+    select_trainable_params,
+    skip_frozen_parts,
+)
 from ..errors import ConfigError
 from ..modeling.class_groups import ClassGroups
 from ..solver import clip_full_model

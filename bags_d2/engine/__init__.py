@@ -1,10 +1,10 @@
 """Trainer, checkpointing and the choice of what trains."""
 
 from ..checkpoint import LongTailCheckpointer
+from .freezing import select_trainable_params
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
 from .setup import argument_parser, check_files, log_changed_settings, setup_cfg
-from .trainable import select_trainable_params
 from .trainer import BAGSTrainer
 
 __all__ = [

@@ -21,30 +21,21 @@ _REMEDY = (
 
 
 class _NonFiniteGuard:
-    """Looks at the losses between the backward pass and the optimizer's step.
-
-    Attributes:
-        skips_left: how many steps with such losses may still be left out.
-    """
+    """Looks at the losses between the backward pass and the optimizer's step."""
 
     skips_left = 0
 
     def __init__(self, model: nn.Module, *args, max_skips: int = 0, **kwargs) -> None:
-        """
-        Args:
-            model: the model.
-            *args: as for the parent.
-            max_skips: how many steps with such losses to leave out.
-            **kwargs: as for the parent.
-        """
+        """``max_skips``: how many steps with such losses to leave out before training stops."""
         super().__init__(model, *args, **kwargs)
         self.max_skips = self.skips_left = max_skips
-        self._images: list[str] = []
+        self._images = "unknown"
         model.register_forward_pre_hook(self._remember_images)
 
     def _remember_images(self, _, inputs) -> None:
         batch = inputs[0] if inputs and isinstance(inputs[0], list) else []
-        self._images = [str(d.get("file_name", d.get("image_id", "?"))) for d in batch]
+        names = [str(d.get("file_name", d.get("image_id", "?"))) for d in batch]
+        self._images = ", ".join(map(os.path.basename, names)) or "unknown"
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "skips": self.max_skips - self.skips_left}
@@ -61,7 +52,7 @@ class _NonFiniteGuard:
         except FloatingPointError:  # Detectron2's, before there are losses
             raise NonFiniteLossError(
                 f"Infinite or NaN proposals of the RPN at iteration {self.iter}, on the images "
-                f"{self._image_names()}; {_REMEDY}."
+                f"{self._images}; {_REMEDY}."
             ) from None
         except RuntimeError as error:
             if own := worker_error(error):
@@ -76,7 +67,8 @@ class _NonFiniteGuard:
             finite = finite.int()
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if finite:
-            return super()._write_metrics(loss_dict, *args, **kwargs)
+            super()._write_metrics(loss_dict, *args, **kwargs)
+            return
         message = self._describe(loss_dict)
         if self.skips_left <= 0:
             raise NonFiniteLossError(
@@ -84,27 +76,25 @@ class _NonFiniteGuard:
             )
         self.skips_left -= 1
         logger.warning("%s; the step is left out, %d more may be", message, self.skips_left)
-        if not isinstance(self, AMPTrainer):  # whose GradScaler leaves such a step out by itself
+        if not isinstance(self, AMPTrainer):  # whose GradScaler skips such a step
             for parameter in self.model.parameters():
                 parameter.grad = None
-        return None
 
     def _describe(self, loss_dict) -> str:
-        odd = [name for name, loss in loss_dict.items() if not bool(loss.isfinite().all())]
-        where = ", ".join(odd) or "of another process"
+        names = [name for name, loss in loss_dict.items() if not loss.isfinite().all()]
+        where = ", ".join(names) or "of another process"
+        predictors = [m for m in self.model.modules() if isinstance(m, BAGSOutputLayers)]
         groups = [
-            f"{stage}{i}"
-            for stage, losses in _group_losses(self.model)
-            for i, loss in enumerate(losses.tolist())
-            if loss != loss or loss in (float("inf"), float("-inf"))
+            f"{stage}.{group}" if len(predictors) > 1 else str(group)
+            for stage, predictor in enumerate(predictors)
+            if predictor.last_group_losses is not None
+            for group in (~predictor.last_group_losses.isfinite()).nonzero().flatten().tolist()
         ]
         if groups:
             where += f" (class group {', '.join(groups)})"
-        images = self._image_names()
-        return f"Infinite or NaN loss at iteration {self.iter}: {where}, on the images {images}"
-
-    def _image_names(self) -> str:
-        return ", ".join(map(os.path.basename, self._images)) or "unknown"
+        return (
+            f"Infinite or NaN loss at iteration {self.iter}: {where}, on the images {self._images}"
+        )
 
 
 class GuardedSimpleTrainer(_NonFiniteGuard, SimpleTrainer):
@@ -113,12 +103,3 @@ class GuardedSimpleTrainer(_NonFiniteGuard, SimpleTrainer):
 
 class GuardedAMPTrainer(_NonFiniteGuard, AMPTrainer):
     """``AMPTrainer`` that stops at, or leaves out, steps whose losses are not finite."""
-
-
-def _group_losses(model: nn.Module):
-    """The losses of the groups in the last step, and what to write before a group's number."""
-    predictors = [m for m in model.modules() if isinstance(m, BAGSOutputLayers)]
-    for i, predictor in enumerate(predictors):
-        if predictor.last_group_losses is not None:
-            stage = f"{i}." if len(predictors) > 1 else ""
-            yield stage, predictor.last_group_losses

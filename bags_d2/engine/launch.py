@@ -3,19 +3,16 @@
 import argparse
 import os
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from detectron2 import engine
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
 from ..errors import BagsError, ConfigError, one_sentence, worker_error
 
 __all__ = ["launch", "process_count"]
-
-# How long collective operations wait for other processes, as Detectron2 has it.
-TIMEOUT = timedelta(minutes=30)
 
 
 def process_count(args: argparse.Namespace) -> int:
@@ -28,9 +25,9 @@ def process_count(args: argparse.Namespace) -> int:
 def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:
     """Run ``main`` in every process of a training run.
 
-    Under torchrun the processes are there already, and the flags of Detectron2's launcher are not
-    used. Otherwise they are spawned by Detectron2's ``launch``. If one ends with an error or is
-    killed, the others on its machine are stopped.
+    Under torchrun the processes exist and the flags of Detectron2's launcher are ignored; otherwise
+    Detectron2's ``launch`` spawns them. If one fails or is killed, the others on its machine are
+    stopped.
 
     Args:
         main: what to run; a function that can be pickled.
@@ -44,9 +41,8 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
         main(*main_args)
-        # Together, so that none is gone while another still talks to it. The group is left to the
-        # end of the process, as Detectron2's launcher leaves it: gloo may abort where one process
-        # takes it down before another.
+        # So that none is gone while another still talks to it. The group is not destroyed, as gloo
+        # may abort where one process does so before another.
         comm.synchronize()
         return
     if args.num_gpus > torch.cuda.device_count() > 0:
@@ -68,8 +64,11 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             raise
         raise BagsError(message) from None
     except multiprocessing.ProcessExitedException as error:
+        how = f"exit status {error.exit_code}"
+        if error.signal_name is not None:
+            how = f"signal {error.signal_name}, as when memory runs out"
         raise BagsError(
-            f"Process {error.error_index} of this machine ended early ({_ending(error)}), so the "
+            f"Process {error.error_index} of this machine ended early ({how}), so the "
             "others were stopped; run the same command with --resume to go on from the last "
             "checkpoint."
         ) from None
@@ -79,11 +78,5 @@ def _join_torchrun() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    distributed.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-
-
-def _ending(error: multiprocessing.ProcessExitedException) -> str:
-    if error.signal_name is not None:
-        return f"signal {error.signal_name}, as when memory runs out"
-    return f"exit status {error.exit_code}"

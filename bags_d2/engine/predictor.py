@@ -1,4 +1,4 @@
-"""Inference for people: from a config and a checkpoint to detections in one image."""
+"""From a config and a checkpoint to detections in one image."""
 
 import argparse
 import os
@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
 
 from .. import model_zoo
 from ..checkpoint import LongTailCheckpointer
@@ -27,8 +25,8 @@ __all__ = ["LongTailPredictor"]
 class LongTailPredictor(DefaultPredictor):
     """``DefaultPredictor`` that knows names and training counts of its classes.
 
-    Both come from the checkpoint, so neither the training nor the test set has to be there. A
-    checkpoint that fits the model only in part is an error instead of a warning.
+    Both come from the checkpoint, so no data set has to be there. A checkpoint that fits the model
+    only in part is an error instead of a warning.
 
     ::
 
@@ -41,23 +39,22 @@ class LongTailPredictor(DefaultPredictor):
         model: the detector, in evaluation mode.
         class_names: K names.
         class_counts: long tensor (K,), training instances; None if neither the checkpoint nor the
-            training set tells.
+            training set has them.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        """
-        Args:
-            cfg: config whose ``MODEL.WEIGHTS`` is the checkpoint to use.
+        """Load ``MODEL.WEIGHTS``.
 
         Raises:
             MissingFileError: if the checkpoint does not exist.
             ConfigError: if it does not fit the model.
         """
-        # Not the parent's, whose checkpointer goes on without the weights that are missing.
-        self.cfg = cfg.clone()
         check_device(cfg)
-        self.model = build_model(self.cfg)
-        self.model.eval()
+        unloaded = cfg.clone()
+        unloaded.defrost()
+        unloaded.MODEL.WEIGHTS = ""  # the parent's checkpointer goes on without missing weights
+        super().__init__(unloaded)
+        self.cfg = cfg.clone()
         checkpointer = LongTailCheckpointer(self.model, evaluating=True)
         record = ClassRecord.of_checkpoint(checkpointer.load(cfg.MODEL.WEIGHTS))
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -69,22 +66,9 @@ class LongTailPredictor(DefaultPredictor):
                 )
         self.class_names = list(record.names or _registered_names(cfg))
         self.class_counts = _training_counts(cfg, self.model, record)
-        if len(cfg.DATASETS.TEST):
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        self.aug = T.ResizeShortestEdge(
-            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
-        )
-        self.input_format = cfg.INPUT.FORMAT
 
     def __call__(self, original_image: np.ndarray) -> dict:
-        """Detect in one image.
-
-        Args:
-            original_image: uint8 array (H, W, 3), BGR, as ``cv2.imread`` gives it.
-
-        Raises:
-            DataError: if it is anything else.
-        """
+        """Detect in one uint8 image (H, W, 3), BGR, as ``cv2.imread`` gives it (else DataError)."""
         found = original_image
         is_array = isinstance(found, np.ndarray)
         if not is_array or found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:

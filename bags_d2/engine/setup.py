@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
 
 import torch
 import yaml
@@ -31,6 +30,7 @@ from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
+from ..utils.settings import select_config
 
 __all__ = [
     "argument_parser",
@@ -43,14 +43,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Key: the least and the greatest value that works.
+# The least and the greatest value that works.
 _LIMITS = {
-    "SOLVER.IMS_PER_BATCH": (1, math.inf),
-    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
-    "SOLVER.MAX_ITER": (0, math.inf),
-    "SOLVER.BASE_LR": (0, torch.finfo(torch.float32).max),
-    "DATALOADER.NUM_WORKERS": (0, math.inf),
-    "SEED": (-math.inf, 2**32 - 1),
+    "SOLVER.IMS_PER_BATCH": (1, math.inf, "at least 1"),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf, "at least 1"),
+    "SOLVER.MAX_ITER": (0, math.inf, "at least 0"),
+    "SOLVER.BASE_LR": (0, torch.finfo(torch.float32).max, "at least 0 and within float32"),
+    "DATALOADER.NUM_WORKERS": (0, math.inf, "at least 0"),
+    "SEED": (-math.inf, 2**32 - 1, "at most 2**32 - 1"),
 }
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
@@ -133,22 +133,18 @@ def check_files(
 
     Args:
         cfg: the config.
-        eval_only: whether nothing is to be trained.
-        resume: whether a checkpoint in ``OUTPUT_DIR`` takes precedence over ``MODEL.WEIGHTS``.
+        eval_only: nothing is to be trained.
+        resume: a checkpoint in ``OUTPUT_DIR`` takes precedence over ``MODEL.WEIGHTS``.
         num_processes: that will train together.
 
     Raises:
-        ConfigError: if a setting cannot work, a data set is not registered or has another number
-            of classes, nothing is to be trained on, there is no such device, or ``OUTPUT_DIR``
-            cannot be written to.
+        ConfigError: if a setting cannot work.
         DataError: if an annotation file is faulty (``DATASETS.CHECK_ANNOTATIONS``).
         MissingFileError: if annotations, the folder of images or the checkpoint do not exist.
     """
     check_settings(cfg)
     if not eval_only:
         _check_training_settings(cfg, num_processes)
-    if not eval_only and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty: name at least one data set to train on.")
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog:
             raise ConfigError(
@@ -161,7 +157,7 @@ def check_files(
                 raise MissingFileError(missing_dataset_message(name, path))
     check_device(cfg)
     _check_output_dir(cfg.OUTPUT_DIR)
-    resumes = resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    resumes = resume and _is_begun(cfg)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # Detectron2 allows ?matching_heuristics=True
     if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
         raise MissingFileError(
@@ -177,44 +173,38 @@ def check_device(cfg: CfgNode) -> None:
     name = cfg.MODEL.DEVICE
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"MODEL.DEVICE is '{name}'; set it to cuda or cpu.") from None
+        if device.type != "cuda":  # whose context costs memory in each process
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ConfigError(
+            f"MODEL.DEVICE is '{name}', which does not work here; set it to cuda or cpu."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         which = f" of number {device.index}" if device.index else ""
         raise ConfigError(
             f"MODEL.DEVICE is '{name}' but there is no CUDA device{which}; add 'MODEL.DEVICE cpu' "
             "to the command."
         )
-    if device.type not in ("cuda", "cpu"):
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise ConfigError(
-                f"MODEL.DEVICE is '{name}', which does not work here; set it to cuda or cpu."
-            ) from None
 
 
 def log_changed_settings(cfg: CfgNode) -> None:
     """Say how a config differs from that of the run which it is to resume.
 
-    Args:
-        cfg: the config, before Detectron2's ``default_setup`` writes it to ``OUTPUT_DIR``.
+    To be called before Detectron2's ``default_setup``, which writes it to ``OUTPUT_DIR``.
     """
-    if not PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        return  # nothing is resumed
+    if not _is_begun(cfg):
+        return
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     try:
         content = load_yaml(path)
         rename_keys(content)
-        before = flatten(content)
+        before = select_config(content, ("*",))
     except BagsError as error:
         logger.warning("Whether settings have changed since the run began is unknown: %s", error)
         return
-    after = flatten(yaml.safe_load(cfg.dump()))
-    changed = [key for key in after if key in before and before[key] != after[key]]
-    applied = [
-        f"{key} ({before[key]} -> {after[key]})" for key in changed if key not in _NOT_RESUMED
-    ]
+    after = select_config(yaml.safe_load(cfg.dump()), ("*",))
+    changed = [key for key in after if before.get(key, after[key]) != after[key]]
+    applied = [f"{k} ({before[k]} -> {after[k]})" for k in changed if k not in _NOT_RESUMED]
     ignored = [f"{key} ({why})" for key, why in _NOT_RESUMED.items() if key in changed]
     if applied:
         logger.warning("Changed, and in effect from here on: %s", ", ".join(applied))
@@ -224,14 +214,10 @@ def log_changed_settings(cfg: CfgNode) -> None:
 
 def check_settings(cfg: CfgNode) -> None:
     """Raise ConfigError if a value is out of range or names nothing that exists."""
-    for key, (low, high) in _LIMITS.items():
+    for key, (low, high, limits) in _LIMITS.items():
         value = _get(cfg, key)
         if not low <= value <= high:
-            least = f"at least {low}" if low > -math.inf else ""
-            most = f"at most {high}" if high < math.inf else ""
-            raise ConfigError(
-                f"{key} is {value}; it must be {' and '.join(filter(None, (least, most)))}."
-            )
+            raise ConfigError(f"{key} is {value}; it must be {limits}.")
     for key, registry in _REGISTRIES.items():
         name = _get(cfg, key)
         known = sorted(known for known, _ in registry)
@@ -250,6 +236,8 @@ def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes "
             "cannot share evenly; set it to a multiple of their number."
         )
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: name at least one data set to train on.")
     if cfg.SOLVER.MAX_ITER == 0:
         raise ConfigError("SOLVER.MAX_ITER is 0, so there is nothing to train; add --eval-only.")
     try:
@@ -276,8 +264,6 @@ def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:
 
 
 def _check_output_dir(folder: str) -> None:
-    if "://" in folder:
-        return
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -289,20 +275,12 @@ def _check_output_dir(folder: str) -> None:
         ) from None
 
 
+def _is_begun(cfg: CfgNode) -> bool:
+    return os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+
+
 def _get(cfg: CfgNode, key: str):
     return functools.reduce(getattr, key.split("."), cfg)
-
-
-def flatten(node: Mapping, prefix: str = "") -> dict[str, object]:
-    """Values of nested mappings by dotted key."""
-    flat = {}
-    for key, value in node.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _how_to_make(cfg: CfgNode) -> str:

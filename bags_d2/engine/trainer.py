@@ -1,4 +1,4 @@
-"""Detectron2's default trainer, plus what long-tailed training in two stages needs."""
+"""Detectron2's default trainer, with what long-tailed training in two stages needs."""
 
 import logging
 import os
@@ -14,12 +14,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -40,8 +35,7 @@ from ..utils.events import default_writers
 from ..utils.files import write_json
 from ..utils.seeding import seed_generators, step_seed
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
-from .frozen import skip_frozen_parts
-from .trainable import freeze_norm_statistics, select_trainable_params
+from .freezing import freeze_norm_statistics, select_trainable_params, skip_frozen_parts
 
 __all__ = ["BAGSTrainer"]
 
@@ -59,15 +53,9 @@ class BAGSTrainer(DefaultTrainer):
     """``DefaultTrainer`` that trains chosen parameters and evaluates by training frequency."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        """
-        Args:
-            cfg: config with the keys of ``add_bags_config``.
-
-        Raises:
-            BagsError: if the class groups cannot be determined, or a config key has no meaning.
-        """
-        # Not DefaultTrainer.__init__, which offers no say in the checkpointer and wraps models on
-        # the CPU with device ids, as DistributedDataParallel does not allow.
+        """Build all that training needs; a BagsError if the class groups cannot be determined."""
+        # Not DefaultTrainer.__init__, which lets nobody choose the checkpointer and the inner
+        # trainer, and gives models on the CPU device ids, which DistributedDataParallel refuses.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -75,9 +63,8 @@ class BAGSTrainer(DefaultTrainer):
             module.require_determined()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        on_cpu = cfg.MODEL.DEVICE == "cpu"
-        ddp_kwargs = {"device_ids": None} if on_cpu else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **ddp_kwargs)
+        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
         trainer = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedSimpleTrainer
         self._trainer = trainer(
             model, data_loader, optimizer, max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS
@@ -91,7 +78,7 @@ class BAGSTrainer(DefaultTrainer):
             classes=ClassRecord.of_training_set(cfg),
             trainer=weakref.proxy(self),
         )
-        _unwrapped(model).class_record = self.checkpointer.classes
+        self.checkpointer.model.class_record = self.checkpointer.classes
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -99,7 +86,7 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the model, freeze all but ``MODEL.TRAINABLE_PARAMS``, and skip what that spares."""
+        """The model, with all frozen but ``MODEL.TRAINABLE_PARAMS``."""
         model = super().build_model(cfg)
         if cfg.MODEL.TRAINABLE_PARAMS:
             select_trainable_params(model, cfg.MODEL.TRAINABLE_PARAMS)
@@ -111,10 +98,10 @@ class BAGSTrainer(DefaultTrainer):
         return model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load a checkpoint; the images go on where the run that wrote it has had them.
+        """Load a checkpoint, and go on with the next images of the run that wrote it.
 
-        The optimizer's settings are the config's, so that a run may be resumed with others. Of the
-        checkpoint's, torch and Detectron2 would restore the old ones without a word.
+        The optimizer's settings are the config's, where torch and Detectron2 would silently restore
+        the checkpoint's.
 
         Raises:
             ConfigError: if its classes are those of the training set in another order.
@@ -128,7 +115,7 @@ class BAGSTrainer(DefaultTrainer):
             optimizer.param_groups, settings, self.scheduler.get_lr(), strict=True
         ):
             group.update(own, lr=lr)
-        model, trained_on = _unwrapped(self.model), self.checkpointer.classes
+        model, trained_on = self.checkpointer.model, self.checkpointer.classes
         _require_same_order(model.class_record, trained_on)
         model.class_record = trained_on
         if self.start_iter > 0:
@@ -137,7 +124,7 @@ class BAGSTrainer(DefaultTrainer):
             )
 
     def train(self):
-        """As the parent's, which logs a traceback of every error: of our own, a sentence tells."""
+        # The parent logs the traceback of every error; for ours, the sentence is enough.
         log = logging.getLogger("detectron2.engine.train_loop")
         log.addFilter(_is_no_user_error)
         try:
@@ -146,7 +133,7 @@ class BAGSTrainer(DefaultTrainer):
             log.removeFilter(_is_no_user_error)
 
     def build_hooks(self):
-        """The parent's, after one that seeds every step (unless ``SEED`` is negative)."""
+        """Detectron2's, after one that seeds every step (unless ``SEED`` is negative)."""
         seeding = [_SeededSteps(self.cfg)] if self.cfg.SEED >= 0 else []
         return [*seeding, *super().build_hooks()]
 
@@ -156,14 +143,9 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
-        """Detectron2's loader, resumable, and with the samplers of ``data/samplers.py`` as well.
+        """Detectron2's loader, with the samplers of ``data/samplers.py`` as well.
 
-        Args:
-            cfg: the config.
-            start_iter: batches that training has had.
-
-        Raises:
-            ConfigError: if there is no such sampler.
+        ``start_iter`` batches are left out, as a resumed run has had them.
         """
         if cfg.DATALOADER.SAMPLER_TRAIN in _OTHER_SAMPLERS:
             mapper, records = NamingDatasetMapper(cfg, True), training_records(cfg)
@@ -203,9 +185,7 @@ class BAGSTrainer(DefaultTrainer):
         """The evaluator of a data set's ``evaluator_type``, with AP per bin of training count.
 
         Args:
-            cfg: the config.
-            dataset_name: name of the evaluated data set.
-            output_folder: for predictions and per-class tables.
+            cfg, dataset_name, output_folder: as for Detectron2's.
             class_counts: training instances (K,); None leaves the bins out.
             class_names: K names of the model's classes, by which the data set's are found; None if
                 they are in the data set's order.
@@ -240,11 +220,10 @@ class BAGSTrainer(DefaultTrainer):
         evaluators: list[DatasetEvaluator] | None = None,
         output_folder: str | None = None,
     ) -> dict:
-        """As the parent's; also writes the metrics to ``results.json``.
+        """Evaluate as Detectron2 does, and write the metrics to ``results.json`` as well.
 
         Args:
-            cfg: the config.
-            model: the model, with its weights.
+            cfg, model: what to evaluate.
             evaluators: one for each of ``DATASETS.TEST``; None builds them, with the bins of
                 training count that the checkpoint remembers or the training set has.
             output_folder: None is ``OUTPUT_DIR/inference``.
@@ -278,7 +257,7 @@ class BAGSTrainer(DefaultTrainer):
 
 
 class _SeededSteps(HookBase):
-    """Makes the random numbers of a step a function of its number."""
+    """Make the random numbers of a step a function of its number."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self.seed = cfg.SEED
@@ -294,11 +273,6 @@ def _is_no_user_error(record: logging.LogRecord) -> bool:
 
 def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``."""
-    return getattr(model, "module", model)
 
 
 def _require_same_order(loaded: ClassRecord, trained_on: ClassRecord) -> None:

@@ -1,4 +1,4 @@
-"""Configs and checkpoints by name, wherever the package is installed."""
+"""Configs and checkpoints by name."""
 
 import argparse
 import os
@@ -57,14 +57,7 @@ def get_config_file(config_path: str) -> str:
 
 
 def get_checkpoint(config_path: str) -> str:
-    """Path of the checkpoint that was trained with a config of this package.
-
-    Args:
-        config_path: relative to ``configs/``.
-
-    Raises:
-        MissingFileError: if there is no such config, or no checkpoint of it is carried.
-    """
+    """Path of the checkpoint trained with a config; a MissingFileError if none is carried."""
     get_config_file(config_path)
     path = _CHECKPOINTS / Path(config_path).with_suffix("") / "model_final.pth"
     if not path.is_file():
@@ -77,18 +70,11 @@ def get_checkpoint(config_path: str) -> str:
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode:
-    """A config of this package, as ``detectron2.model_zoo.get_config`` has its own.
+    """A config, as a CfgNode or the DictConfig of a LazyConfig (``.py``).
 
     Args:
         config_path: relative to ``configs/``.
-        trained: whether its weights are to be those of :func:`get_checkpoint` instead of what
-            training starts from.
-
-    Returns:
-        A CfgNode, or a DictConfig of a LazyConfig (``.py``).
-
-    Raises:
-        MissingFileError: if there is no such config, or no checkpoint of it.
+        trained: take the weights of :func:`get_checkpoint`, not those that training starts from.
     """
     path = get_config_file(config_path)
     weights = get_checkpoint(config_path) if trained else None
@@ -108,15 +94,12 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
 
 
 def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """A model of this package, with weights, as ``detectron2.model_zoo.get`` has its own.
+    """A model with its weights, in training mode, as Detectron2's ``model_zoo.get`` returns it.
 
     Args:
         config_path: relative to ``configs/``.
         trained: see :func:`get_config`.
         device: None is the config's, or the CPU where there is no CUDA device.
-
-    Returns:
-        The model, in training mode.
 
     Raises:
         MissingFileError: if there is no such config, or its weights are not there.

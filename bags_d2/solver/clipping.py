@@ -11,13 +11,12 @@ def clip_full_model(
 ) -> None:
     """Clip the norm of all gradients taken together before each step of an optimizer.
 
-    This is what the recipe of BAGS (and of most of the field) asks for; Detectron2's own "norm"
-    clips each parameter by itself.
+    Detectron2's own "norm" clips each parameter by itself.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def clip_gradients(*_) -> None:
-        nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+    def clip(*_) -> None:  # what a hook returns would replace the step's arguments
+        nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     # A hook on the optimizer comes after GradScaler has unscaled the gradients.
-    optimizer.register_step_pre_hook(clip_gradients)
+    optimizer.register_step_pre_hook(clip)

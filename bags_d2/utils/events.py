@@ -15,12 +15,7 @@ __all__ = ["StrictJSONWriter", "default_writers"]
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """The writers of ``detectron2.engine.default_writers``, but for NaN in ``metrics.json``.
-
-    Args:
-        output_dir: their folder, created if need be.
-        max_iter: iterations of the training.
-    """
+    """The writers of ``detectron2.engine.default_writers``, but for NaN in ``metrics.json``."""
     os.makedirs(output_dir, exist_ok=True)
     return [
         CommonMetricPrinter(max_iter),

@@ -15,9 +15,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -48,10 +48,7 @@ class FolderInUseError(BagsError):
 
 
 def require_file(path: str | os.PathLike) -> str:
-    """The local path of a regular file.
-
-    Args:
-        path: a path, or a URL that Detectron2's PathManager knows.
+    """The local path of a regular file, given by path or by a URL that Detectron2 knows.
 
     Raises:
         MissingFileError: if it does not exist.
@@ -121,7 +118,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _check_expanded_size(content: Any) -> None:
-    """A few aliases of aliases mean billions of values to whoever walks over them."""
+    # A few aliases of aliases mean billions of values to whoever walks over them.
     pending, count = [content], 0
     while pending:
         node = pending.pop()
@@ -136,11 +133,6 @@ def _check_expanded_size(content: Any) -> None:
 def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that appears under its name once the block ends without an error.
 
-    ::
-
-        with write_atomically("results.csv") as file:
-            file.write(text)
-
     Args:
         path: a local path; its folder is created.
         mode: "w" (UTF-8, newlines as they are) or "wb".
@@ -150,21 +142,18 @@ def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    partial = None
+    # Beside the file, since a rename is atomic within a file system only.
+    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the file, since a rename is atomic within a file system only.
-        descriptor, partial = tempfile.mkstemp(".partial", f".{path.name[:100]}.", path.parent)
-        with open(descriptor, mode, **text) as file:
+        with open(partial, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
     except BaseException as error:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         # torch.save hides the system's error behind one of its own.
         system = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(system, OSError) and not isinstance(system, BagsError):
@@ -181,31 +170,19 @@ def dump_json(content: Any) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write strict JSON (:func:`dump_json`) atomically.
-
-    Raises:
-        DataError: if it cannot be written.
-    """
+    """Write strict JSON (:func:`dump_json`) atomically."""
     with write_atomically(path) as file:
         file.write(dump_json(content))
 
 
 def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable]) -> None:
-    """Write a table as CSV (UTF-8) atomically.
-
-    Raises:
-        DataError: if it cannot be written.
-    """
+    """Write a table as CSV (UTF-8) atomically."""
     with write_atomically(path) as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, computed once for each version of it.
-
-    Raises:
-        MissingFileError, DataError: if it is not a regular file.
-    """
+    """SHA-256 of a file, computed once for each version of it."""
     local = require_file(path)
     found = os.stat(local)
     # The time of the last change of status cannot be set back, as that of the content can.
@@ -215,19 +192,13 @@ def content_hash(path: str | os.PathLike) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _hash_of_version(path: str, version: tuple[int, ...]) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go when the process ends, however it ends.
-
-    Args:
-        folder: a local folder, created if need be.
+    """Hold a local folder (created if need be) until the block ends or the process, in any way.
 
     Raises:
         FolderInUseError: if another process holds it.
@@ -255,7 +226,7 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
                 "folder."
             ) from None
         command = " ".join(sys.argv)[:300]
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
         yield
@@ -276,12 +247,6 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _finite(content: Any) -> Any:

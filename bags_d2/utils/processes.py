@@ -20,11 +20,7 @@ class ProcessError(BagsError):
 
 
 def run_logged(command: Sequence[str], log: Path) -> float:
-    """Run a command to its end; it ends with this process, however that ends.
-
-    Args:
-        command: program and arguments.
-        log: file that its output is appended to.
+    """Run a command to its end, with its output appended to a log; it ends if this process does.
 
     Returns:
         The seconds that it took.
@@ -64,7 +60,7 @@ def run_logged(command: Sequence[str], log: Path) -> float:
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """For a child to call: Linux is to kill it when this process ends; elsewhere, None."""
+    """For a child to call: have Linux kill it when this process ends (elsewhere None)."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is None:
         return None

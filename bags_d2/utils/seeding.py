@@ -15,12 +15,9 @@ __all__ = ["isolated_generators", "seed_generators", "step_seed"]
 
 
 def seed_generators(seed: int, device: str = "cpu") -> None:
-    """Seed the global random generators, torch's for the CPU and one kind of device.
-
-    ``torch.manual_seed`` remembers a call, with its traceback, for every kind of device that is
-    not in use. Over a seed for each image or step that takes half a millisecond and never frees
-    its memory.
-    """
+    """Seed the global random generators, torch's for the CPU and one kind of device."""
+    # Not torch.manual_seed, which remembers each call, with its traceback, for every kind of device
+    # that is not in use: called for each image or step, it never frees that memory.
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - augmentations of Detectron2 draw from it
     torch.default_generator.manual_seed(seed)

@@ -1,23 +1,21 @@
-"""Config values as text, to tell whether two things were made with the same settings."""
+"""Config values as text, to see whether two things were made with the same settings."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-
-from detectron2.config import CfgNode
 
 __all__ = ["first_difference", "select_config"]
 
 
 def select_config(
-    cfg: CfgNode, include: Sequence[str], exclude: Sequence[str] = ()
+    cfg: Mapping, include: Sequence[str], exclude: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Values of a config as text by dotted key, chosen by globs on the keys."""
+    """Values of a config (or its YAML) as text by dotted key, chosen by globs on the keys."""
     selected = {}
 
-    def visit(node: CfgNode, prefix: str) -> None:
+    def visit(node: Mapping, prefix: str) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if isinstance(value, CfgNode):
+            if isinstance(value, Mapping):
                 visit(value, f"{name}.")
             elif _matches(name, include) and not _matches(name, exclude):
                 # A list and a tuple of the same values mean the same in a config.

@@ -11,7 +11,7 @@ from torch import nn
 
 from bags_d2 import ClassGroups, ConfigError, MissingFileError
 from bags_d2.engine import LongTailCheckpointer, select_trainable_params
-from bags_d2.engine.trainable import freeze_norm_statistics
+from bags_d2.engine.freezing import freeze_norm_statistics
 
 SOFTMAX = ["MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers"]
 BAGS = ["MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers"]
@@ -184,7 +184,7 @@ OTHER_GROUPING = ["MODEL.BAGS.GROUP_THRESHOLDS", (20, 100, 1000)]
 
 def test_training_with_another_grouping_is_an_error(build, save):
     path = save(build(*BAGS, *OTHER_GROUPING))
-    with pytest.raises(ConfigError, match=r"groups the classes otherwise.*GROUP_THRESHOLDS"):
+    with pytest.raises(ConfigError, match=r"groups the classes differently.*GROUP_THRESHOLDS"):
         LongTailCheckpointer(build(*BAGS), stage2=True).load(path)
 
 

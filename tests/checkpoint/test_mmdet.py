@@ -259,7 +259,7 @@ def test_files_of_other_groups_or_counts_are_refused():
     files = _broken(lambda b, s: None)
     with pytest.raises(DataError, match="are not of 3 groups"):
         GroupLayout.from_files(*files, (10, 100))
-    with pytest.raises(DataError, match="groups 1 classes otherwise than the training counts"):
+    with pytest.raises(DataError, match="groups 1 classes differently from the training"):
         GroupLayout.from_files(*files, THRESHOLDS, torch.tensor([30, *TINY_COUNTS[1:]]))
     with pytest.raises(DataError, match="is of 6 classes, the training counts of 5"):
         GroupLayout.from_files(*files, THRESHOLDS, torch.tensor(TINY_COUNTS[1:]))

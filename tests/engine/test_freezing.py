@@ -11,7 +11,7 @@ from torch import nn
 
 from bags_d2 import ConfigError
 from bags_d2.engine import select_trainable_params
-from bags_d2.engine.trainable import freeze_norm_statistics
+from bags_d2.engine.freezing import freeze_norm_statistics
 
 
 class _Net(nn.Module):
@@ -82,7 +82,7 @@ def test_a_glob_of_frozen_parameters_alone_is_an_error():
 
 
 def test_the_choice_is_logged_with_its_size(log_lines):
-    lines = log_lines("bags_d2.engine.trainable")
+    lines = log_lines("bags_d2.engine.freezing")
     model = _Net()
     total = sum(p.numel() for p in model.parameters())
     select_trainable_params(model, ["score.*"])
@@ -140,7 +140,7 @@ def test_frozen_layers_keep_their_statistics_in_training():
     torch.manual_seed(0)
     model = _with_statistics(_Net())
     select_trainable_params(model, ["head.*", "score.*"])
-    assert freeze_norm_statistics(model) is model
+    freeze_norm_statistics(model)
     before = copy.deepcopy(model.state_dict())
     model.train()
     model(3 + torch.randn(8, 3, 5, 5))

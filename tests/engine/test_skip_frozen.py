@@ -8,7 +8,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSTrainer
-from bags_d2.engine.frozen import skip_frozen_parts
+from bags_d2.engine.freezing import skip_frozen_parts
 
 CASCADE = ("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads")
 AGNOSTIC = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
@@ -122,15 +122,15 @@ def test_predicted_boxes_that_are_trained_on_are_computed(build):
 
 
 def test_one_line_says_what_is_skipped_and_by_which_key(build, log_lines):
-    lines = log_lines("bags_d2.engine.frozen")
+    lines = log_lines("bags_d2.engine.freezing")
     build(*MASK)
-    assert lines == [
+    assert [line for line in lines if "Skipped" in line] == [
         "INFO Skipped in training, since no trainable parameter depends on it: RPN losses, box "
         "regression, mask head (MODEL.SKIP_FROZEN)"
     ]
     build(*MASK, skip=False)
     build(*MASK, trainable=())
-    assert len(lines) == 1
+    assert sum("Skipped" in line for line in lines) == 1
 
 
 def test_copies_and_checkpoints_stay_what_they_were(build, make_batch):
