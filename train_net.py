@@ -19,7 +19,7 @@ from bags_d2.engine import (
     process_count,
     setup_cfg,
 )
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import lock_folder
 
 
@@ -70,7 +70,7 @@ def load_for_evaluation(cfg, resume):
 
 if __name__ == "__main__":
     args = argument_parser().parse_args()
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         # Once before processes are launched: one sentence instead of one traceback for each.
         check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
         launch(main, args)

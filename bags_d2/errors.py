@@ -15,7 +15,7 @@ __all__ = [
     "DataError",
     "MissingFileError",
     "NonFiniteLossError",
-    "exit_with_one_sentence",
+    "exit_on_user_error",
     "one_sentence",
     "worker_error",
 ]
@@ -62,7 +62,7 @@ def worker_error(error: RuntimeError) -> BagsError | None:
 
 
 @contextlib.contextmanager
-def exit_with_one_sentence() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """For entry points: end with a sentence, not a traceback, where the user can fix the cause."""
     try:
         yield

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from bags_d2.data.lvis_v1 import lvis_v1_counts
-from bags_d2.errors import ConfigError, DataError, MissingFileError, exit_with_one_sentence
+from bags_d2.errors import ConfigError, DataError, MissingFileError, exit_on_user_error
 from bags_d2.utils.files import load_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -709,5 +709,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

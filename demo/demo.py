@@ -24,7 +24,7 @@ from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
 from bags_d2.analysis.drawing import best_instances, draw_instances, grid
 from bags_d2.config import run_name
 from bags_d2.data.images import read_image
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import require_file, write_atomically
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -286,5 +286,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

@@ -22,7 +22,7 @@ from prepare_glyphs import build_glyphs
 import train_net
 from bags_d2 import BagsError, BAGSTrainer
 from bags_d2.engine import LongTailCheckpointer, check_files, process_count, setup_cfg
-from bags_d2.errors import exit_with_one_sentence, one_sentence
+from bags_d2.errors import exit_on_user_error, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -327,7 +327,7 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path):
 
 def test_a_full_disk_leaves_no_half_built_data_set(tmp_path):
     for size in (100, 1000):  # the first picture, and a later file
-        with full_disk(size), pytest.raises(SystemExit) as stopped, exit_with_one_sentence():
+        with full_disk(size), pytest.raises(SystemExit) as stopped, exit_on_user_error():
             build_glyphs("glyphs_tiny", tmp_path, num_workers=1, progress=False)
         assert "could not be written" in str(stopped.value)
         assert "free some space" in str(stopped.value)
@@ -337,9 +337,9 @@ def test_a_full_disk_leaves_no_half_built_data_set(tmp_path):
 
 
 def test_other_faults_of_the_system_keep_their_traceback():
-    with pytest.raises(PermissionError), exit_with_one_sentence():
+    with pytest.raises(PermissionError), exit_on_user_error():
         raise PermissionError(errno.EACCES, "no")
-    with pytest.raises(ZeroDivisionError), exit_with_one_sentence():
+    with pytest.raises(ZeroDivisionError), exit_on_user_error():
         raise ZeroDivisionError
-    with pytest.raises(SystemExit, match=r"^Error: x$"), exit_with_one_sentence():
+    with pytest.raises(SystemExit, match=r"^Error: x$"), exit_on_user_error():
         raise BagsError("x")

@@ -11,14 +11,14 @@ from bags_d2.analysis.classifier import class_weight_norms, rank_correlation, re
 from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_weight_norms
 from bags_d2.checkpoint.files import read_checkpoint
-from bags_d2.data.class_counts import (
+from bags_d2.data.class_statistics import (
+    ClassStatistics,
     read_class_counts,
     training_class_counts,
     training_class_names,
 )
-from bags_d2.data.class_record import ClassRecord
 from bags_d2.engine import setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.evaluation.bins import bin_index
 from bags_d2.utils.files import write_csv
 
@@ -55,7 +55,7 @@ def read_checkpoints(arguments: list[str]) -> dict[str, dict]:
 def class_counts(args, checkpoints: dict[str, dict]) -> tuple[list[int], list[str] | None]:
     """Training counts, and names where known: as given, else those stored in a checkpoint."""
     names = next(
-        (r.names for c in checkpoints.values() if (r := ClassRecord.of_checkpoint(c))), None
+        (r.names for c in checkpoints.values() if (r := ClassStatistics.from_checkpoint(c))), None
     )
     if args.config_file:
         cfg = setup_cfg(args)
@@ -102,5 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

@@ -13,7 +13,7 @@ from bags_d2 import ConfigError
 from bags_d2.analysis.comparison import write_comparison
 from bags_d2.analysis.method_runs import BASELINE, Comparison
 from bags_d2.config import list_methods
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import lock_folder
 from bags_d2.utils.processes import run_logged
 
@@ -72,5 +72,5 @@ def chosen_methods(comparison: Comparison, names: str | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

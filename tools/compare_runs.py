@@ -13,7 +13,7 @@ from bags_d2.analysis.grouping import bin_names
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.report import all_winning_groups
 from bags_d2.analysis.runs import EvaluatedRun, configured_thresholds, read_runs
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import write_csv
 from bags_d2.utils.text import printable
 
@@ -88,5 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

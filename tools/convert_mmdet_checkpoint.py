@@ -11,10 +11,9 @@ from detectron2.modeling import build_model
 from bags_d2 import DataError, MissingFileError
 from bags_d2.checkpoint.files import read_tensor, read_torch
 from bags_d2.checkpoint.mmdet import GroupLayout, convert_state_dict
-from bags_d2.data.class_counts import training_class_counts
-from bags_d2.data.class_record import ClassRecord
+from bags_d2.data.class_statistics import ClassStatistics, training_class_counts
 from bags_d2.engine import LongTailCheckpointer, setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import write_atomically
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     weights, left_out = convert_state_dict(checkpoint["state_dict"], num_classes, layout)
     partial = args.output.with_name(f".{args.output.name}.{os.getpid()}.pth")
-    classes = ClassRecord.of_training_set(cfg).for_checkpoint()
+    classes = ClassStatistics.from_training_set(cfg).for_checkpoint()
     with write_atomically(partial, "wb") as file:
         torch.save({"model": weights, **classes, "__author__": "BAGS, converted"}, file)
     try:
@@ -75,5 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

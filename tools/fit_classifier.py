@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bags_d2.engine import argument_parser, check_files, launch, setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.fitting.extract import extract_features
 from bags_d2.fitting.train import fit_classifier
 
@@ -52,5 +52,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main(parse_args())

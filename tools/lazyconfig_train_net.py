@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 from bags_d2 import ConfigError, MissingFileError
 from bags_d2.engine import LongTailCheckpointer, launch
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.events import default_writers
 from bags_d2.utils.files import lock_folder
 
@@ -102,6 +102,6 @@ if __name__ == "__main__":
         "that you have not read. YAMLs, for train_net.py, are data."
     )
     args = parser.parse_args()
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         load(args)
         launch(main, args)

@@ -8,10 +8,9 @@ import torch
 
 from bags_d2 import ConfigError
 from bags_d2.checkpoint.files import read_checkpoint, read_model_weights
-from bags_d2.data.class_counts import training_class_counts
-from bags_d2.data.class_record import ClassRecord
+from bags_d2.data.class_statistics import ClassStatistics, training_class_counts
 from bags_d2.engine import setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.fitting.transforms import tau_normalize
 from bags_d2.utils.files import write_atomically
 
@@ -31,7 +30,7 @@ def main() -> None:
             raise ConfigError("--max-count needs --config-file, whose training set is counted.")
         classes = training_class_counts(setup_cfg(args), by="instances") < args.max_count
     weights = read_model_weights(args.input)
-    record = ClassRecord.of_checkpoint(read_checkpoint(args.input)).for_checkpoint()
+    record = ClassStatistics.from_checkpoint(read_checkpoint(args.input)).for_checkpoint()
     normalized = {"model": tau_normalize(weights, args.tau, classes), **record}
     with write_atomically(args.output, "wb") as file:
         torch.save(normalized, file)
@@ -39,5 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

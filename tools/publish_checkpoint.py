@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from bags_d2.checkpoint.files import read_checkpoint
-from bags_d2.data.class_record import ClassRecord
+from bags_d2.data.class_statistics import ClassStatistics
 from bags_d2.engine import setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import write_atomically
 
 
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", default=[], help="config keys and values")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint)
-    classes = ClassRecord.of_checkpoint(checkpoint)
-    if classes == ClassRecord() and args.config_file:
-        classes = ClassRecord.of_training_set(setup_cfg(args))
+    classes = ClassStatistics.from_checkpoint(checkpoint)
+    if classes == ClassStatistics() and args.config_file:
+        classes = ClassStatistics.from_training_set(setup_cfg(args))
     published = {
         "model": checkpoint["model"],
         **classes.for_checkpoint(),
@@ -37,5 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

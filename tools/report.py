@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import read_runs
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -28,5 +28,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

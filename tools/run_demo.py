@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from bags_d2.analysis.demo import report_demo
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 from bags_d2.utils.files import lock_folder
 from bags_d2.utils.processes import run_logged
 
@@ -79,5 +79,5 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

@@ -12,14 +12,14 @@ from bags_d2 import ConfigError
 from bags_d2.analysis.grouping import grouping_faults, propose_thresholds, summarize_groups
 from bags_d2.analysis.plots import plot_class_counts
 from bags_d2.config import long_tail
-from bags_d2.data.class_counts import (
+from bags_d2.data.class_statistics import (
     count_annotation_file,
     read_class_counts,
     training_class_counts,
     training_class_names,
 )
 from bags_d2.engine import setup_cfg
-from bags_d2.errors import exit_with_one_sentence
+from bags_d2.errors import exit_on_user_error
 
 DEFAULT_THRESHOLDS = (10, 100, 1000)
 SHOWN = 8  # classes listed of a kind
@@ -108,5 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_with_one_sentence():
+    with exit_on_user_error():
         main()

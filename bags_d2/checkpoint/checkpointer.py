@@ -9,7 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import _strip_prefix_if_present
 
-from ..data.class_record import ClassRecord
+from ..data.class_statistics import ClassStatistics
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..modeling.class_groups import ClassGroups
 from ..utils.files import write_atomically
@@ -37,7 +37,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         evaluating: bool = False,
         stage2: bool = False,
         new_classifier: bool = False,
-        classes: ClassRecord | None = None,
+        classes: ClassStatistics | None = None,
         **kwargs,
     ) -> None:
         """
@@ -53,7 +53,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
         self.evaluating = evaluating
         self.stage2 = stage2
         self.new_classifier = new_classifier
-        self.classes = classes or ClassRecord()
+        self.classes = classes or ClassStatistics()
         self._resuming = False
         self._path = ""
 
@@ -120,8 +120,8 @@ class LongTailCheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # the parent leaves it set after an error
         if "classes" in rest:
-            self.model.class_record = ClassRecord.of_checkpoint(rest)
-            names = self.model.class_record.names or ()
+            self.model.class_statistics = ClassStatistics.from_checkpoint(rest)
+            names = self.model.class_statistics.names or ()
             if not all(name.isprintable() for name in names):
                 raise DataError(f"Checkpoint '{path}' has class names that cannot be printed.")
         return rest

@@ -11,7 +11,7 @@ import torch
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
-from ..data.class_counts import count_classes
+from ..data.class_statistics import count_classes
 from ..engine.freezing import (
     freeze_norm_statistics,
     select_trainable_params,

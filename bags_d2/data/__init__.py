@@ -1,6 +1,6 @@
 """Data sets and their class counts."""
 
-from .class_counts import count_classes, read_class_counts, training_class_counts
+from .class_statistics import count_classes, read_class_counts, training_class_counts
 from .datasets import load_lvis_format, register_lvis_format
 
 __all__ = [

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
 
 from ..config import long_tail
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
@@ -91,6 +92,23 @@ class ClassStatistics:
                 "null); publish it again with tools/publish_checkpoint.py."
             )
         return cls(_tuple(names), _tuple(counts))
+
+    @classmethod
+    def from_model(cls, cfg: CfgNode, model: nn.Module) -> "ClassStatistics":
+        """Those of a model: its checkpoint's, else counts in its buffers, else the training set's.
+
+        Names are unknown if they are of another number of classes than the model's.
+        """
+        carried = [m.class_statistics for m in model.modules() if hasattr(m, "class_statistics")]
+        found = carried[0] if carried else cls()
+        counts = found.training_instances
+        if counts is None and long_tail(cfg).COUNT_BY == "instances":
+            for name, buffer in model.named_buffers():
+                if name.endswith("class_counts") and bool((buffer >= 0).all()):
+                    counts = tuple(buffer.tolist())
+        found = cls(found.names, counts).or_else(cfg)
+        fits = found.names is not None and len(found.names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        return found if fits else cls(None, found.training_instances)
 
     def for_checkpoint(self) -> dict[str, Any]:
         """What to put into a checkpoint: {"classes": ...}, or nothing if nothing is known."""

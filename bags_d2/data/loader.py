@@ -20,12 +20,12 @@ from .build import training_records
 from .images import check_image
 from .samplers import EpochOrder, EpochSampler, epoch_order
 
-__all__ = ["NamingDatasetMapper", "ResumableSampler", "build_resumable_loader"]
+__all__ = ["LongTailDatasetMapper", "ResumableSampler", "build_resumable_loader"]
 
 _SEED_KEY = "sample_seed"
 
 
-class NamingDatasetMapper(DatasetMapper):
+class LongTailDatasetMapper(DatasetMapper):
     """``DatasetMapper`` whose errors name the image, and whose choices follow a sample's seed."""
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -85,7 +85,7 @@ def build_resumable_loader(cfg: CfgNode, start_iter: int = 0):
         cfg,
         dataset=_SeededRecords(records, seed),
         sampler=sampler,
-        mapper=NamingDatasetMapper(cfg, is_train=True),
+        mapper=LongTailDatasetMapper(cfg, is_train=True),
         seed=seed,  # of the workers, which would else draw it from a step's random numbers
     )
 

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from ..errors import ConfigError, DataError
-from .class_counts import training_class_counts
+from .class_statistics import training_class_counts
 
 __all__ = [
     "EPOCH_SAMPLERS",

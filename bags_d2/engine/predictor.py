@@ -13,10 +13,9 @@ from detectron2.engine import DefaultPredictor
 
 from .. import model_zoo
 from ..checkpoint import LongTailCheckpointer
-from ..config import find_config, long_tail, run_name
-from ..data.class_record import ClassRecord
+from ..config import find_config, run_name
+from ..data.class_statistics import ClassStatistics
 from ..errors import ConfigError, DataError, MissingFileError
-from ..modeling.class_groups import ClassCounts, ClassGroups
 from .setup import check_device, setup_cfg
 
 __all__ = ["LongTailPredictor"]
@@ -56,7 +55,7 @@ class LongTailPredictor(DefaultPredictor):
         super().__init__(unloaded)
         self.cfg = cfg.clone()
         checkpointer = LongTailCheckpointer(self.model, evaluating=True)
-        record = ClassRecord.of_checkpoint(checkpointer.load(cfg.MODEL.WEIGHTS))
+        record = ClassStatistics.from_checkpoint(checkpointer.load(cfg.MODEL.WEIGHTS))
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         for key, values in vars(record).items():
             if values is not None and len(values) != num_classes:
@@ -64,8 +63,10 @@ class LongTailPredictor(DefaultPredictor):
                     f"Checkpoint '{cfg.MODEL.WEIGHTS}' has {key} of {len(values)} classes but "
                     f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; make them agree."
                 )
+        classes = ClassStatistics.from_model(cfg, self.model)
         self.class_names = list(record.names or _registered_names(cfg))
-        self.class_counts = _training_counts(cfg, self.model, record)
+        counts = classes.training_instances
+        self.class_counts = None if counts is None else torch.tensor(counts)
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Detect in one uint8 image (H, W, 3), BGR, as ``cv2.imread`` gives it (else DataError)."""
@@ -146,16 +147,3 @@ def _registered_names(cfg: CfgNode) -> list[str]:
         if names is not None and len(names) == num_classes:
             return names
     return [f"class {i}" for i in range(num_classes)]
-
-
-def _training_counts(cfg: CfgNode, model, record: ClassRecord) -> torch.Tensor | None:
-    if record.training_instances is not None:
-        return torch.tensor(record.training_instances)
-    for module in model.modules():
-        counted = isinstance(module, ClassGroups | ClassCounts) and bool(
-            (module.class_counts >= 0).all()
-        )
-        if counted and long_tail(cfg).COUNT_BY == "instances":
-            return module.class_counts.cpu()
-    counts = ClassRecord.of_training_set(cfg).training_instances
-    return None if counts is None else torch.tensor(counts)

@@ -21,11 +21,9 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
-from ..config import long_tail
 from ..data.build import test_records, training_records
-from ..data.class_counts import training_class_counts, training_class_names
-from ..data.class_record import ClassRecord
-from ..data.loader import NamingDatasetMapper, build_resumable_loader
+from ..data.class_statistics import ClassStatistics
+from ..data.loader import LongTailDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_groups import ClassCounts, ClassGroups
@@ -75,10 +73,10 @@ class BAGSTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             stage2=bool(cfg.MODEL.TRAINABLE_PARAMS),
             new_classifier=cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE,
-            classes=ClassRecord.of_training_set(cfg),
+            classes=ClassStatistics.from_training_set(cfg),
             trainer=weakref.proxy(self),
         )
-        self.checkpointer.model.class_record = self.checkpointer.classes
+        self.checkpointer.model.class_statistics = self.checkpointer.classes
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -116,8 +114,8 @@ class BAGSTrainer(DefaultTrainer):
         ):
             group.update(own, lr=lr)
         model, trained_on = self.checkpointer.model, self.checkpointer.classes
-        _require_same_order(model.class_record, trained_on)
-        model.class_record = trained_on
+        model.class_statistics.require_order_of(trained_on)
+        model.class_statistics = trained_on
         if self.start_iter > 0:
             self._trainer.reset_data_loader(
                 lambda: self.build_train_loader(self.cfg, self.start_iter)
@@ -148,14 +146,14 @@ class BAGSTrainer(DefaultTrainer):
         ``start_iter`` batches are left out, as a resumed run has had them.
         """
         if cfg.DATALOADER.SAMPLER_TRAIN in _OTHER_SAMPLERS:
-            mapper, records = NamingDatasetMapper(cfg, True), training_records(cfg)
+            mapper, records = LongTailDatasetMapper(cfg, True), training_records(cfg)
             return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
         return build_resumable_loader(cfg, start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's loader, with errors that name the image."""
-        mapper = NamingDatasetMapper(cfg, is_train=False)
+        mapper = LongTailDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(
             test_records(cfg, dataset_name), mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
         )
@@ -234,9 +232,15 @@ class BAGSTrainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         results_file = Path(output_folder) / "results.json"
         if evaluators is None:
-            names, counts = _classes_of(cfg, model) if cfg.DATASETS.TEST else (None, None)
+            classes = ClassStatistics.from_model(cfg, model)
             evaluators = [
-                cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
+                cls.build_evaluator(
+                    cfg,
+                    name,
+                    os.path.join(output_folder, name),
+                    classes.training_instances,
+                    classes.names,
+                )
                 for name in cfg.DATASETS.TEST
             ]
         if comm.is_main_process():
@@ -273,45 +277,3 @@ def _is_no_user_error(record: logging.LogRecord) -> bool:
 
 def _modules(model: nn.Module, *kinds: type) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
-
-
-def _require_same_order(loaded: ClassRecord, trained_on: ClassRecord) -> None:
-    """Raise ConfigError for a checkpoint whose per-class weights would go to other classes."""
-    if loaded.names is None or trained_on.names is None or loaded.names == trained_on.names:
-        return
-    if sorted(loaded.names) == sorted(trained_on.names):
-        raise ConfigError(
-            "The checkpoint (MODEL.WEIGHTS) has the training set's classes in another order, so "
-            "its weights would go to other classes; list the categories of DATASETS.TRAIN in the "
-            f"checkpoint's order, which begins with {list(loaded.names[:3])}."
-        )
-    logger.warning(
-        "The checkpoint was trained on other classes than those of DATASETS.TRAIN; what it has "
-        "learned for each class goes to the class of the same number."
-    )
-
-
-def _classes_of(cfg: CfgNode, model: nn.Module) -> tuple[list[str] | None, torch.Tensor | None]:
-    """Names and training instances of the model's classes; None for what is not known.
-
-    What the checkpoint remembers takes precedence over the training set, which need not be there.
-    """
-    records = [m.class_record for m in model.modules() if hasattr(m, "class_record")]
-    record = records[0] if records else ClassRecord()
-    names, counts = record.names, record.training_instances
-    if long_tail(cfg).COUNT_BY == "instances":
-        for module in _modules(model, ClassCounts):
-            if bool((module.class_counts >= 0).all()):
-                counts = module.class_counts.tolist()
-    if names is None:
-        try:
-            names = training_class_names(cfg)
-        except (BagsError, KeyError) as error:
-            logger.warning("Classes are taken to be in the order of the data set: %s", error)
-    if counts is None:
-        try:
-            counts = training_class_counts(cfg, by="instances").tolist()
-        except BagsError as error:
-            logger.warning("AP per bin of training instances is left out: %s", error)
-    names = names if names is not None and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES else None
-    return names, None if counts is None else torch.tensor(counts)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..checkpoint import LongTailCheckpointer
 from ..data.build import training_records
-from ..data.loader import NamingDatasetMapper
+from ..data.loader import LongTailDatasetMapper
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError
 from ..utils.files import lock_folder, write_json
@@ -210,7 +210,7 @@ def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int |
         for start in range(0, len(shard.places), IMAGES_PER_BATCH)
     ]
     loader = DataLoader(
-        _Images(records, NamingDatasetMapper(cfg, is_train=True)),
+        _Images(records, LongTailDatasetMapper(cfg, is_train=True)),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..checkpoint.files import read_checkpoint
 from ..data.build import training_records
-from ..data.class_record import ClassRecord
+from ..data.class_statistics import ClassStatistics
 from ..data.samplers import EpochOrder, epoch_order
 from ..engine.finite import GuardedSimpleTrainer
 from ..engine.setup import check_settings
@@ -91,7 +91,7 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
                 "command again, or let SOLVER.MAX_NONFINITE_STEPS such steps pass."
             ) from None
         path = progress.with_name("model_final.pth")
-        classes = ClassRecord.of_training_set(cfg).for_checkpoint()
+        classes = ClassStatistics.from_training_set(cfg).for_checkpoint()
         _save({"model": model.state_dict(), **classes}, path)
         progress.unlink(missing_ok=True)
     logger.info("The detector with the fitted classifier is in '%s'.", path)

@@ -8,7 +8,7 @@ from detectron2.structures import BoxMode
 
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.data import load_lvis_format
-from bags_d2.data.class_counts import count_classes
+from bags_d2.data.class_statistics import count_classes
 from bags_d2.data.datasets import GLYPH_SETS, register_from_config
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 

@@ -12,7 +12,7 @@ from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from PIL import Image
 
 from bags_d2 import DataError, MissingFileError
-from bags_d2.data.loader import NamingDatasetMapper, ResumableSampler, build_resumable_loader
+from bags_d2.data.loader import LongTailDatasetMapper, ResumableSampler, build_resumable_loader
 from bags_d2.utils.seeding import isolated_generators
 
 NUM_IMAGES = 23
@@ -140,7 +140,7 @@ def test_isolated_generators_leave_no_trace():
 @pytest.fixture
 def load(tiny_cfg, tmp_path):
     """``load(image, name)``: what the mapper makes of a picture that is annotated as 30 x 20."""
-    mapper = NamingDatasetMapper(tiny_cfg("INPUT.RANDOM_FLIP", "none"), is_train=True)
+    mapper = LongTailDatasetMapper(tiny_cfg("INPUT.RANDOM_FLIP", "none"), is_train=True)
 
     def run(image, name="x.png", damage=lambda data: data):
         path = tmp_path / name

@@ -9,7 +9,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from bags_d2 import BagsError, BAGSTrainer
-from bags_d2.data.loader import NamingDatasetMapper
+from bags_d2.data.loader import LongTailDatasetMapper
 from bags_d2.engine import setup_cfg
 from bags_d2.errors import NonFiniteLossError
 
@@ -135,14 +135,14 @@ def test_proposals_that_are_not_finite_stop_training_the_same_way(make_trainer, 
 
 def test_a_killed_worker_of_the_data_loader_is_told(make_trainer, monkeypatch, log_lines):
     lines = log_lines("detectron2.engine.train_loop")
-    parent, read = os.getpid(), NamingDatasetMapper.__call__
+    parent, read = os.getpid(), LongTailDatasetMapper.__call__
 
     def die(self, record):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, record)
 
-    monkeypatch.setattr(NamingDatasetMapper, "__call__", die)
+    monkeypatch.setattr(LongTailDatasetMapper, "__call__", die)
     with pytest.raises(BagsError, match=r"DataLoader worker.*NUM_WORKERS.*--resume") as caught:
         make_trainer("DATALOADER.NUM_WORKERS", "1").train()
     assert "\n" not in str(caught.value)

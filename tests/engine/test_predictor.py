@@ -7,7 +7,7 @@ from conftest import TINY_COUNTS
 from detectron2.modeling import build_model
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor, MissingFileError
-from bags_d2.data.class_record import ClassRecord
+from bags_d2.data.class_statistics import ClassStatistics
 from bags_d2.engine import LongTailCheckpointer
 
 NAMES = tuple("abcdef")
@@ -32,7 +32,7 @@ def make_cfg(tiny_cfg, tmp_path):
 
 @pytest.mark.parametrize("name", ["FastRCNNOutputLayers", "BAGSOutputLayers"])
 def test_detects_without_any_data_set(make_cfg, name):
-    cfg = make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS)), "MODEL.ROI_BOX_PREDICTOR.NAME", name)
+    cfg = make_cfg(ClassStatistics(NAMES, tuple(TINY_COUNTS)), "MODEL.ROI_BOX_PREDICTOR.NAME", name)
     predictor = LongTailPredictor(cfg)
     instances = predictor(IMAGE)["instances"]
     assert instances.image_size == IMAGE.shape[:2]
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_cfg):
 
 def test_a_record_of_other_classes_is_refused(make_cfg):
     cfg = make_cfg(
-        ClassRecord(("x", "y"), None), "MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers"
+        ClassStatistics(("x", "y"), None), "MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers"
     )
     with pytest.raises(ConfigError, match="names of 2 classes but"):
         LongTailPredictor(cfg)
@@ -126,14 +126,14 @@ def test_a_config_without_a_trained_checkpoint_says_so(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_no_image_of_8_bits_is_refused(make_cfg, image, found):
-    predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
+    predictor = LongTailPredictor(make_cfg(ClassStatistics(NAMES, tuple(TINY_COUNTS))))
     with pytest.raises(DataError, match=rf"must be a uint8 array .* found {found}"):
         predictor(image)
 
 
 @pytest.mark.parametrize("shape", [(1, 9000, 3), (9000, 1, 3), (0, 5, 3)])
 def test_an_image_too_narrow_to_be_resized_is_refused(make_cfg, shape):
-    predictor = LongTailPredictor(make_cfg(ClassRecord(NAMES, tuple(TINY_COUNTS))))
+    predictor = LongTailPredictor(make_cfg(ClassStatistics(NAMES, tuple(TINY_COUNTS))))
     with pytest.raises(DataError, match=rf"{shape[1]} x {shape[0]} pixels is too narrow"):
         predictor(np.zeros(shape, dtype=np.uint8))
     assert "instances" in predictor(np.zeros((1, 1, 3), dtype=np.uint8))

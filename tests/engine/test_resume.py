@@ -156,8 +156,8 @@ def test_a_checkpoints_record_of_classes_is_with_the_model(tmp_path):
     torch.save({**content, "classes": classes}, path)
     model = nn.Linear(1, 1)
     LongTailCheckpointer(model).load(path)
-    assert model.class_record.names == ("a", "b")
-    assert model.class_record.training_instances == (3, 4)
+    assert model.class_statistics.names == ("a", "b")
+    assert model.class_statistics.training_instances == (3, 4)
     torch.save({**content, "classes": {**classes, "names": ["a", "\udc80"]}}, path)
     with pytest.raises(DataError, match=r"x\.pth' has class names that cannot be printed"):
         LongTailCheckpointer(model).load(path)

@@ -6,7 +6,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.utils.events import get_event_storage
 
-from ...data.class_counts import training_class_counts
+from ...data.class_statistics import training_class_counts
 from ..class_groups import ClassGroups
 from ..losses import MERGES, check_merge, group_softmax_loss, group_targets, merge_group_probs
 from .build import ROI_BOX_PREDICTOR_REGISTRY

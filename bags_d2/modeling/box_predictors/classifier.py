@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ...data.class_counts import training_class_counts
+from ...data.class_statistics import training_class_counts
 from ...errors import ConfigError
 from ..class_groups import ClassCounts
 from ..losses import at_least_float32

@@ -4,7 +4,7 @@ import torch
 from detectron2.config import configurable
 from torch.nn import functional as F
 
-from ...data.class_counts import training_class_counts, training_image_count
+from ...data.class_statistics import training_class_counts, training_image_count
 from ...errors import ConfigError
 from ..losses import at_least_float32
 from .build import ROI_BOX_PREDICTOR_REGISTRY

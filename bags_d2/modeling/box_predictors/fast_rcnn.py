@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 from torch import nn
 from torch.nn import functional as F
 
-from ...data.class_counts import training_class_counts
+from ...data.class_statistics import training_class_counts
 from ...errors import ConfigError
 from ...layers import BoxDeltas, fast_rcnn_inference_topk
 from .build import ROI_BOX_PREDICTOR_REGISTRY

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_COUNTS
 
 from bags_d2 import ConfigError, DataError
-from bags_d2.data.class_record import ClassRecord
+from bags_d2.data.class_statistics import ClassStatistics
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -17,40 +17,44 @@ def test_the_training_set_gives_names_and_counts(tiny_cfg, write_lvis, register)
     path = write_lvis(categories, [(1, 5), (1, 5), (2, 25)])
     name = register("record_train", path)
     cfg = tiny_cfg("DATASETS.TRAIN", (name,), "MODEL.LONG_TAIL.CLASS_COUNTS_FILE", "")
-    record = ClassRecord.of_training_set(cfg)
-    assert record == ClassRecord(tuple(NAMES), (2, 0, 1, 0, 0, 0))
+    record = ClassStatistics.from_training_set(cfg)
+    assert record == ClassStatistics(tuple(NAMES), (2, 0, 1, 0, 0, 0))
     # Counted by images or not, the record tells instances.
     cfg.MODEL.LONG_TAIL.COUNT_BY = "images"
-    assert ClassRecord.of_training_set(cfg) == record
+    assert ClassStatistics.from_training_set(cfg) == record
 
 
 def test_what_is_not_there_is_left_empty(tiny_cfg):
     cfg = tiny_cfg("DATASETS.TRAIN", ("no_such_set",))
-    assert ClassRecord.of_training_set(cfg) == ClassRecord(None, tuple(TINY_COUNTS))
+    assert ClassStatistics.from_training_set(cfg) == ClassStatistics(None, tuple(TINY_COUNTS))
     cfg.MODEL.LONG_TAIL.CLASS_COUNTS_FILE = ""
-    assert ClassRecord.of_training_set(cfg) == ClassRecord()
-    assert ClassRecord().for_checkpoint() == {}
+    assert ClassStatistics.from_training_set(cfg) == ClassStatistics()
+    assert ClassStatistics().for_checkpoint() == {}
 
 
 def test_contradictions_are_not_left_out(tiny_cfg):
     cfg = tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 7)
     with pytest.raises(ConfigError, match="NUM_CLASSES is 7"):
-        ClassRecord.of_training_set(cfg)
+        ClassStatistics.from_training_set(cfg)
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        ClassRecord(),
-        ClassRecord(("a", "b"), (0, 3)),
-        ClassRecord(None, (1,)),
-        ClassRecord(("Я",), None),
+        ClassStatistics(),
+        ClassStatistics(("a", "b"), (0, 3)),
+        ClassStatistics(None, (1,)),
+        ClassStatistics(("Я",), None),
     ],
 )
 def test_records_go_through_checkpoints_and_json(record, tmp_path):
-    torch.save({"model": {}, **record.for_checkpoint()}, tmp_path / "x.pth")
-    assert ClassRecord.of_checkpoint(torch.load(tmp_path / "x.pth", weights_only=True)) == record
-    assert ClassRecord.of_checkpoint(json.loads(json.dumps(record.for_checkpoint()))) == record
+    content = {"model": {}, **record.for_checkpoint()}
+    torch.save(content, tmp_path / "x.pth")
+    for read in (
+        torch.load(tmp_path / "x.pth", weights_only=True),
+        json.loads(json.dumps(content)),
+    ):
+        assert ClassStatistics.from_checkpoint(read) == record
 
 
 @pytest.mark.parametrize(
@@ -66,4 +70,4 @@ def test_records_go_through_checkpoints_and_json(record, tmp_path):
 )
 def test_faulty_records_are_refused(content):
     with pytest.raises(DataError, match="'classes' must hold lists"):
-        ClassRecord.of_checkpoint({"classes": content})
+        ClassStatistics.from_checkpoint({"classes": content})
