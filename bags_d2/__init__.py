@@ -29,7 +29,7 @@ from .modeling import (
     sample_others,
 )
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "ROI_BOX_PREDICTOR_REGISTRY",

@@ -164,6 +164,7 @@ def test_images_that_training_refuses_are_refused(tmp_path):
             read_image(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8(images, tmp_path):
     name = os.fsdecode(b"\xff\xe9")
     folder = tmp_path / name
@@ -182,6 +183,7 @@ def test_names_that_are_not_utf8(images, tmp_path):
     assert "format that cannot" in sentence(run("--input", folder / f"x.{name}", "--output", out))
 
 
+@pytest.mark.slow
 def test_without_a_display_it_says_what_to_add(images):
     environment = {k: v for k, v in os.environ.items() if "DISPLAY" not in k}
     for display in ({}, {"DISPLAY": ":77"}):
@@ -189,6 +191,7 @@ def test_without_a_display_it_says_what_to_add(images):
         assert "add --output" in sentence(done)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_picture_and_the_video_before(images, tmp_path, monkeypatch):
     picture, clip, source = tmp_path / "a.png", tmp_path / "v.mp4", tmp_path / "s.mp4"
     write_video(source, cv2.imread(str(images[0])))

@@ -65,6 +65,7 @@ def weights_of(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_both_stages_train_and_evaluate(tiny, tmp_path):
     stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
     run(BASELINE, [*tiny, f"train.output_dir={stage1}", "train.init_checkpoint=''"])

@@ -204,6 +204,7 @@ def _train_and_save(options, folder):
     torch.save({"start": start, "end": trainer.model.module.state_dict()}, f"{folder}/{rank}.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_equal_parameters(datasets_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     options = (

@@ -16,7 +16,8 @@ __all__ = ["GuardedAMPTrainer", "GuardedSimpleTrainer"]
 logger = logging.getLogger(__name__)
 
 _REMEDY = (
-    "lower SOLVER.BASE_LR or fix these images, and go on from the last checkpoint with --resume"
+    "lower SOLVER.BASE_LR or fix these images, and go on with --resume from the last good "
+    "checkpoint (OUTPUT_DIR/last_checkpoint names it)"
 )
 
 

@@ -147,6 +147,7 @@ def test_checkpoints_tell_their_counts():
     assert remembered_counts({"model": {key: torch.tensor([-1, -1])}}) is None
 
 
+@pytest.mark.slow
 def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
     rng = np.random.default_rng(0)
     paths = []

@@ -220,6 +220,7 @@ def _write_for_ever(folder, annotations, page):
         write_html_report([run], page)
 
 
+@pytest.mark.slow
 def test_a_killed_report_leaves_the_one_before_it_whole(run, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bags_d2.analysis.report"])

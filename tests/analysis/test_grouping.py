@@ -108,6 +108,7 @@ def test_the_tool_on_a_file_of_any_ids_and_names(write_lvis, tmp_path):
     assert "training images" in by_images.stdout
 
 
+@pytest.mark.slow
 def test_the_tool_refuses_faulty_input_in_one_sentence(tmp_path):
     (tmp_path / "counts.json").write_text(json.dumps([1, -2]))
     for arguments, words in (

@@ -151,6 +151,7 @@ def test_boxes_of_any_place_and_size_are_cut(tmp_path):
     assert cut_crops(crops, {}) == {}
 
 
+@pytest.mark.slow
 def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     config = tmp_path / "data.yaml"

@@ -215,6 +215,7 @@ def _tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 def test_the_tool_compares_two_runs(make_run, tmp_path):
     first = make_run("one", [10.0, None, 30.0, 40.0])
     second = make_run("two", [20.0, None, 25.0, 40.0])

@@ -285,6 +285,7 @@ def test_a_classifier_of_another_kind_is_refused():
         convert_state_dict(weights, K)
 
 
+@pytest.mark.slow
 def test_the_tool_converts_checks_and_leaves_nothing_half_done(tmp_path, make_cfg):
     (tmp_path / "config.yaml").write_text(
         make_cfg("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers", "DATASETS.TRAIN", ()).dump()

@@ -13,6 +13,8 @@ from detectron2.utils import comm
 from bags_d2 import BagsError, ConfigError
 from bags_d2.engine import launch
 
+pytestmark = pytest.mark.slow
+
 
 def _args(num_processes):
     return default_argument_parser().parse_args(

@@ -11,6 +11,8 @@ from detectron2.utils import comm
 from bags_d2 import BAGSTrainer
 from bags_d2.engine import LongTailCheckpointer, launch, setup_cfg
 
+pytestmark = pytest.mark.slow
+
 TINY = "tests/tiny.yaml"
 BAGS = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
 

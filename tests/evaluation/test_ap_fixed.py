@@ -115,6 +115,7 @@ def _evaluate_shard(json_file, detections, output_file):
         output_file.write_text(json.dumps(results))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path):
     json_file, detections = random_lvis_set(9, tmp_path)
     for processes in (1, 2):

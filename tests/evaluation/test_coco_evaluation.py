@@ -171,6 +171,7 @@ def _evaluate_shard(json_file, results, folder):
         assert metrics == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("annotated", [True, False])
 def test_two_processes_give_the_results_of_one(coco_set, tmp_path, annotated):
     """With the ids of the file in results files, also of a test set without annotations."""

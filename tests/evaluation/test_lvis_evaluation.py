@@ -348,6 +348,7 @@ def evaluate_shard(json_file, detections, output_file, counts):
         assert results == {}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path):
     json_file, detections = random_lvis_set(10, tmp_path)
     counts = [7 * i**3 for i in range(len(category_ids_of(json_file)))]

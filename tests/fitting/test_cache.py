@@ -234,6 +234,7 @@ def _extract(cfg, folder):
     extract_features(cfg, folder, images_per_shard=8)
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_write_the_same_bytes(
     make_cfg, tmp_path, datasets_root, monkeypatch
 ):

@@ -60,6 +60,7 @@ def test_what_is_no_softmax_classifier_is_refused():
         tau_normalize(checkpoint(NAME), -1.0)
 
 
+@pytest.mark.slow
 def test_the_tool_writes_a_checkpoint(tmp_path):
     baseline = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
     command = [sys.executable, str(ROOT / "tools" / "normalize_classifier.py")]

@@ -133,6 +133,7 @@ def _accumulate_on_two_ranks(folder):
     torch.save(predictor.accumulated_gradients, f"{folder}/rank{comm.get_rank()}.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_accumulate_the_same(tmp_path):
     launch(_accumulate_on_two_ranks, 2, dist_url="auto", args=(str(tmp_path),))
     both = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
