@@ -144,6 +144,7 @@ def own_project(project):
     return project
 
 
+@pytest.mark.slow
 def test_own_data_from_the_json_to_the_pictures(own_project):
     page = ROOT / "docs" / "own_data.md"
     printed = {

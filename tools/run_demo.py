@@ -19,7 +19,7 @@ from bags_d2.utils.processes import run_logged
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "glyphs_baseline.yaml")
-STAGE_2 = ("softmax_retrained", "bags")
+STAGE_2 = ("softmax_retrained", "bags", "bags_joint")
 
 
 def run(script: str, output_dir: Path, *options: str) -> float:
@@ -52,7 +52,8 @@ def run_demo(args: argparse.Namespace) -> None:
     (args.output / "results.json").unlink(missing_ok=True)
     start = time.perf_counter()
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    prepare = [sys.executable, "datasets/prepare_glyphs.py", "glyphs", "--root", root]
+    script = str(ROOT / "datasets" / "prepare_glyphs.py")
+    prepare = [sys.executable, script, "glyphs", "--root", root]
     if subprocess.run(prepare).returncode:
         sys.exit("The data set could not be built (see above).")
     seconds = {"dataset": time.perf_counter() - start}

@@ -24,6 +24,7 @@ _LABELS = {
     "softmax": "softmax",
     "softmax_retrained": "softmax, classifier retrained",
     "bags": "Balanced Group Softmax",
+    "bags_joint": "BAGS, joint merge, images by class",
 }
 _RARE = 10  # training instances: classes with fewer are drawn thick
 _MIN_SCORE = 0.3
@@ -33,7 +34,8 @@ def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
     """Write ``results.json``, the charts and the pictures of a finished demo.
 
     Args:
-        output: folder with one run in each of ``softmax``, ``softmax_retrained``, ``bags``.
+        output: folder with one run in each of ``softmax``, ``softmax_retrained``, ``bags`` and
+                ``bags_joint``.
         seconds: duration of each step, for the record.
 
     Returns:

@@ -79,7 +79,8 @@ def plot_weight_norms(
             x = np.maximum(counts, _NONE)
             axes.plot(x, values, color=run_color(i), linestyle="", alpha=0.8, label=label, **style)
         _class_axis(axes, counts, thresholds)
-        axes.set_ylim(bottom=0)
+        # Room for the legend above the points.
+        axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.08 * len(norms)))
 
 
 def plot_class_counts(

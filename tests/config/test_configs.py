@@ -273,7 +273,7 @@ OLD_NAMES = {
 }
 
 
-@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items(), ids=lambda x: str(x))
+@pytest.mark.parametrize(("old", "new"), list(OLD_NAMES.items()), ids=lambda x: str(x))
 def test_old_names_are_their_baseline_with_a_method(old, new):
     assert not (CONFIGS / f"{old}.yaml").exists()
     ours, expected = load(old), load(*new)

@@ -241,7 +241,7 @@ def test_decoding_on_demand_equals_decoding_all(exact_nms, seed):
 BAD_DELTAS = [NAN, INF, -INF, 1e14, 1e20, 3e38, -3e38]
 
 
-@pytest.mark.parametrize(("value", "column"), itertools.product(BAD_DELTAS, range(4)))
+@pytest.mark.parametrize(("value", "column"), list(itertools.product(BAD_DELTAS, range(4))))
 def test_deltas_that_are_not_finite_or_enormous(exact_nms, value, column):
     # Not every infinite delta is an infinite box (sizes are clamped), nor is every finite delta
     # a finite one: what counts is the decoded box.
