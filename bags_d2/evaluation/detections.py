@@ -9,10 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pycocotools.mask as mask_utils
+from detectron2.structures import BoxMode, Instances
 
 from .ground_truth import PredictionError
 
-__all__ = ["CATEGORY", "IMAGE", "SCORE", "matchable", "to_rows"]
+__all__ = ["CATEGORY", "IMAGE", "SCORE", "instances_to_rows", "matchable", "to_rows"]
 
 IMAGE, _WIDTH, _HEIGHT, SCORE, CATEGORY = 0, 3, 4, 5, 6
 _GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
@@ -41,13 +42,34 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
         ],
         dtype=np.float64,
     ).reshape(-1, 7)
+    masks = [d["segmentation"] if "segm" in tasks else None for d in detections]
+    return _finite(rows), np.array(masks, dtype=object)
+
+
+def instances_to_rows(
+    instances: Instances, image_id: int, category_ids: Sequence[int]
+) -> np.ndarray:
+    """Rows (N, 7) of Detectron2's detections, ``category_ids`` those of each ``pred_classes``.
+
+    Raises:
+        PredictionError: for non-finite numbers.
+    """
+    rows = np.empty((len(instances), 7))
+    rows[:, IMAGE] = image_id
+    boxes = instances.pred_boxes.tensor.numpy()
+    rows[:, 1:SCORE] = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    rows[:, SCORE] = instances.scores.numpy()
+    rows[:, CATEGORY] = np.asarray(category_ids)[instances.pred_classes.numpy()]
+    return _finite(rows)
+
+
+def _finite(rows: np.ndarray) -> np.ndarray:
     if not np.isfinite(rows).all():
         raise PredictionError(
-            f"Image {detections[0]['image_id']} has a score or box that is not finite: the model "
-            "has diverged, or its checkpoint is damaged."
+            f"Image {int(rows[0, IMAGE])} has a score or box that is not finite: the model has "
+            "diverged, or its checkpoint is damaged."
         )
-    masks = [d["segmentation"] if "segm" in tasks else None for d in detections]
-    return rows, np.array(masks, dtype=object)
+    return rows
 
 
 def matchable(rows: np.ndarray, masks: np.ndarray, task: str) -> tuple[np.ndarray, list | None]:

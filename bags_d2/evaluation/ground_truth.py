@@ -32,6 +32,7 @@ class GroundTruth:
         classes: (C,) the model's class of each category that is evaluated, in the order of category
             ids, which is that of every per-class result.
         categories: C dicts with "id", "name" and "frequency" (None if the file has none).
+        category_ids: (C,) their ids.
         instances: (C,) numbers of objects.
     """
 
@@ -57,7 +58,8 @@ class GroundTruth:
             {"id": ids[p], "name": names[p], "frequency": self.annotations.frequencies[p]}
             for p in positions
         ]
-        self._known = {category["id"] for category in self.categories}
+        self.category_ids = np.array([category["id"] for category in self.categories])
+        self._known = set(self.category_ids.tolist())
         self._category_of_class = torch.full((self.num_classes,), -1)
         self._category_of_class[torch.from_numpy(self.classes)] = torch.arange(len(self.classes))
 

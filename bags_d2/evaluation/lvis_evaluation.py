@@ -25,7 +25,7 @@ from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
 from .ap_fixed import BestDetections, evaluate_without_image_cap
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
-from .detections import SCORE, matchable, to_rows
+from .detections import SCORE, instances_to_rows, matchable, to_rows
 from .ground_truth import GroundTruth, PredictionError
 
 __all__ = ["AnnotationError", "LongTailLVISEvaluator", "evaluate_lvis_predictions"]
@@ -212,14 +212,17 @@ class LongTailLVISEvaluator(DatasetEvaluator):
             has_masks = instances.has("pred_masks")
             if has_masks or len(instances):
                 self._mask_presence.add(has_masks)
-            detections = instances_to_coco_json(instances, image_id)
-            for detection in detections:
-                detection["category_id"] = truth.categories[detection["category_id"]]["id"]
-
             tasks = self._streams.keys()
-            if not has_masks and not (self._tasks and detections):
+            if not has_masks and not (self._tasks and len(instances)):
                 tasks = tasks & {"bbox"}
-            rows, masks = to_rows(detections, tasks)
+            rows = instances_to_rows(instances, image_id, truth.category_ids)
+            masks, detections = np.full(len(rows), None), []
+            if "segm" in tasks or self._results_file is not None:
+                detections = instances_to_coco_json(instances, image_id)
+                for detection in detections:
+                    detection["category_id"] = truth.categories[detection["category_id"]]["id"]
+            if "segm" in tasks:
+                _, masks = to_rows(detections, tasks)
             if truth.annotations.has_annotations:
                 for task in tasks:
                     stream = self._streams[task]
