@@ -804,3 +804,53 @@ def test_counted_is_trained_on_is_evaluated(
         assert counted(name) == trained_on(cfg) == evaluated(name, kind, task)
         evaluate(name, kind)
     assert "\n" not in refusal
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from([1e999, -(2**80), "\ud800", "a\0"]),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    *("id", "name", "frequency", "width", "height", "file_name", "coco_url", "neg_category_ids"),
+    *("image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation"),
+)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    section=st.sampled_from(["images", "categories", "annotations"]),
+    key=st.sampled_from(KEYS) | st.none(),
+    value=JSON,
+    kind=st.sampled_from(["coco", "lvis"]),
+    mask_format=st.sampled_from(["polygon", "bitmask"]),
+)
+def test_any_json_is_read_or_refused_in_one_sentence(
+    section, key, value, kind, mask_format, tmp_path
+):
+    data = small_set.content("val", kind)
+    if key is None:
+        data[section] = value
+    else:
+        data[section][0][key] = value
+    path = write(tmp_path / "any.json", data)
+    refusal = ""
+    try:
+        annotations = read_annotations(path)
+        annotations.require_file_names(kind == "lvis")
+        annotations.require_objects()
+        annotations.require_masks(mask_format)
+        annotations.require_federated()
+        annotations.records("", lvis=kind == "lvis")
+    except BagsError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
