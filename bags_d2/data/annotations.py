@@ -454,15 +454,14 @@ def _columns(
     is_crowd, is_ignored = np.array(crowd, dtype=bool), np.array(ignored, dtype=bool)
     num_objects = int((~(is_crowd | is_ignored)).sum())
     summary = [f"{num_objects} objects of {len(categories)} classes in {len(images)} images"]
-    for count, what in (
-        (is_crowd.sum(), "crowds"),
-        (is_ignored.sum(), "ignored regions"),
-        (len(empty), f"boxes that enclose nothing of their images, as of {empty[:1]},"),
+    for what, count in (
+        ("crowds left out", is_crowd.sum()),
+        ("ignored regions left out", is_ignored.sum()),
+        (f"boxes that enclose nothing of their images left out (as of {empty[:1]})", len(empty)),
+        ("areas computed", len(unmeasured)),
     ):
         if count:
-            summary.append(f"{count} {what} are left out")
-    if unmeasured:
-        summary.append(f"{len(unmeasured)} areas were computed")
+            summary.append(f"{what}: {count}")
     return {
         "image_index": np.array(image_index, dtype=np.int64),
         "classes": np.array(classes, dtype=np.int64),
