@@ -10,12 +10,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 
 from ..errors import ConfigError, DataError
 from .annotations import AnnotationSet
+from .class_statistics import require_same_classes
 from .datasets import class_names, dataset_annotations
 
 __all__ = [
     "check_dataset",
     "check_datasets",
     "evaluated_classes",
+    "refuse_proposals",
     "test_records",
     "training_records",
 ]
@@ -31,28 +33,27 @@ def training_records(cfg: CfgNode) -> list[dict]:
         DataError: if they are faulty, or training sets have different classes.
         ConfigError: if proposals are to be loaded, which Detectron2 would unpickle.
     """
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise ConfigError(
-            "MODEL.LOAD_PROPOSALS reads pickles (DATASETS.PROPOSAL_FILES_TRAIN), which can run any "
-            "code; set it to False and let the RPN propose."
-        )
+    refuse_proposals(cfg)
     names = cfg.DATASETS.TRAIN
     keypoints = cfg.MODEL.KEYPOINT_ON
     for name in () if keypoints else names:  # keypoints are Detectron2's to read
         _adopt_and_summarize(name)
-    first, *others = names
-    for name in others:
-        if class_names(name) != class_names(first):
-            raise DataError(
-                f"The training sets '{first}' and '{name}' have different classes; list only data "
-                "sets that share theirs in DATASETS.TRAIN."
-            )
+    require_same_classes(names)
     return get_detection_dataset_dicts(
         names,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoints else 0,
         check_consistency=False,  # a table of a thousand classes; summaries are logged
     )
+
+
+def refuse_proposals(cfg: CfgNode) -> None:
+    """Raise ConfigError if proposals are to be loaded, which Detectron2 would unpickle."""
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS reads the pickles of DATASETS.PROPOSAL_FILES_*, which can run "
+            "any code; set it to False and MODEL.PROPOSAL_GENERATOR.NAME to RPN."
+        )
 
 
 def test_records(cfg: CfgNode, name: str) -> list[dict]:

@@ -25,7 +25,7 @@ from ..config import (
     rename_options,
     scale_schedule,
 )
-from ..data.build import check_datasets
+from ..data.build import check_datasets, refuse_proposals
 from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
@@ -223,11 +223,7 @@ def check_settings(cfg: CfgNode) -> None:
         known = sorted(known for known, _ in registry)
         if name and name not in known and name != "PrecomputedProposals":
             raise ConfigError(f"{key} is '{name}', which is not one of {', '.join(known)}.")
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise ConfigError(
-            "MODEL.LOAD_PROPOSALS reads the pickles of DATASETS.PROPOSAL_FILES_*, which can run "
-            "any code; set it to False and MODEL.PROPOSAL_GENERATOR.NAME to RPN."
-        )
+    refuse_proposals(cfg)
 
 
 def _check_training_settings(cfg: CfgNode, num_processes: int) -> None:

@@ -13,7 +13,7 @@ from detectron2.structures import BoxMode, Instances
 
 from .ground_truth import PredictionError
 
-__all__ = ["CATEGORY", "IMAGE", "SCORE", "instances_to_rows", "matchable", "to_rows"]
+__all__ = ["CATEGORY", "IMAGE", "SCORE", "instances_to_rows", "masks_of", "matchable", "to_rows"]
 
 IMAGE, _WIDTH, _HEIGHT, SCORE, CATEGORY = 0, 3, 4, 5, 6
 _GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
@@ -28,13 +28,7 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
     Raises:
         PredictionError: for non-finite numbers, and if a detection lacks the box or mask of a task.
     """
-    for key in [_GEOMETRY_KEYS[task] for task in tasks]:
-        for detection in detections:
-            if key not in detection:
-                raise PredictionError(
-                    f"A detection in image {detection['image_id']} has no '{key}', which a task of "
-                    f"{tuple(tasks)} needs: set MODEL.MASK_ON to True, or leave the task out."
-                )
+    masks = masks_of(detections, tasks)
     rows = np.array(
         [
             (d["image_id"], *d.get("bbox", (0, 0, 0, 0)), d["score"], d["category_id"])
@@ -42,8 +36,24 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
         ],
         dtype=np.float64,
     ).reshape(-1, 7)
+    return _finite(rows), masks
+
+
+def masks_of(detections: Sequence[Mapping], tasks: Collection[str]) -> np.ndarray:
+    """Masks (N,) in run-length code, None where ``tasks`` need none.
+
+    Raises:
+        PredictionError: if a detection lacks the box or mask of a task.
+    """
+    for key in [_GEOMETRY_KEYS[task] for task in tasks]:
+        for detection in detections:
+            if key not in detection:
+                raise PredictionError(
+                    f"A detection in image {detection['image_id']} has no '{key}', which a task of "
+                    f"{tuple(tasks)} needs: set MODEL.MASK_ON to True, or leave the task out."
+                )
     masks = [d["segmentation"] if "segm" in tasks else None for d in detections]
-    return _finite(rows), np.array(masks, dtype=object)
+    return np.array(masks, dtype=object)
 
 
 def instances_to_rows(

@@ -25,7 +25,7 @@ from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
 from .ap_fixed import BestDetections, evaluate_without_image_cap
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
-from .detections import SCORE, instances_to_rows, matchable, to_rows
+from .detections import SCORE, instances_to_rows, masks_of, matchable, to_rows
 from .ground_truth import GroundTruth, PredictionError
 
 __all__ = ["AnnotationError", "LongTailLVISEvaluator", "evaluate_lvis_predictions"]
@@ -222,7 +222,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 for detection in detections:
                     detection["category_id"] = truth.categories[detection["category_id"]]["id"]
             if "segm" in tasks:
-                _, masks = to_rows(detections, tasks)
+                masks = masks_of(detections, tasks)
             if truth.annotations.has_annotations:
                 for task in tasks:
                     stream = self._streams[task]
