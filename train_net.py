@@ -15,6 +15,7 @@ from bags_d2.engine import (
     argument_parser,
     check_files,
     launch,
+    load_for_evaluation,
     log_changed_settings,
     process_count,
     setup_cfg,
@@ -51,21 +52,6 @@ def run(cfg, args):
         tta = functools.partial(BAGSTrainer.test_with_tta, cfg, trainer.model)
         trainer.register_hooks([hooks.EvalHook(0, tta)])
     return trainer.train()
-
-
-def load_for_evaluation(cfg, resume):
-    """The model with its weights; training annotations are read only if the weights need them."""
-    alone = cfg.clone()
-    alone.defrost()
-    alone.DATASETS.TRAIN = ()
-    for config in (alone, cfg):
-        model = BAGSTrainer.build_model(config)
-        LongTailCheckpointer(model, cfg.OUTPUT_DIR, evaluating=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=resume
-        )
-        if all(getattr(module, "is_determined", True) for module in model.modules()):
-            break
-    return model
 
 
 if __name__ == "__main__":

@@ -118,8 +118,10 @@ def add_bags_config(cfg: CfgNode) -> None:
     cfg.DATASETS.CHECK_ANNOTATIONS = True
 
     # DATALOADER.SAMPLER_TRAIN may also be "ClassBalancedTrainingSampler" (an image of a class that
-    # is drawn evenly) or "TailTrainingSampler": images that show a class of fewer training
-    # instances than this.
+    # is drawn evenly), "InstanceAwareRepeatFactorTrainingSampler" (IRFS, with REPEAT_THRESHOLD),
+    # "ExponentialRepeatFactorTrainingSampler" (E-IRFS, with REPEAT_THRESHOLD and this alpha) ...
+    cfg.DATALOADER.REPEAT_ALPHA = 2.0
+    # ... or "TailTrainingSampler": images that show a class of fewer training instances than this.
     cfg.DATALOADER.TAIL_MAX_COUNT = 100
 
     # The classes of a test set are matched by name with those that the model was trained on, in any

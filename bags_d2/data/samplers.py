@@ -6,6 +6,7 @@ cached features (``fitting/train.py``) can take the same one.
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,21 +23,28 @@ __all__ = [
     "EpochSampler",
     "class_balanced_order",
     "epoch_order",
+    "expected_draws",
     "repeated_order",
     "shuffled",
 ]
 
 EpochOrder = Callable[[torch.Generator], torch.Tensor]
 
-# Values of DATALOADER.SAMPLER_TRAIN that Detectron2 does not have:
-# - each sample is an image of a class that is drawn evenly (cRT; Kang et al., ICLR 2020, section
-#   4: class-balanced sampling);
-# - images that show a class of the tail, evenly. BAGS reports "tail fine-tune" without saying how
-#   it is done; here such images keep the annotations of all their classes.
+# Values of DATALOADER.SAMPLER_TRAIN:
+RANDOM = "TrainingSampler"
+# Images repeated for their rarest class (Gupta et al., CVPR 2019).
+RFS = "RepeatFactorTrainingSampler"
+# The same with the rarity of a class in images and in instances (IRFS; Yaman et al., 2023).
+IRFS = "InstanceAwareRepeatFactorTrainingSampler"
+# Draws with replacement by the exponential of these factors (E-IRFS; Ahmed et al., 2025).
+E_IRFS = "ExponentialRepeatFactorTrainingSampler"
+# Each sample is an image of a class that is drawn evenly (cRT; Kang et al., ICLR 2020, section 4).
 CLASS_BALANCED = "ClassBalancedTrainingSampler"
+# Images that show a class of the tail, evenly. BAGS reports "tail fine-tune" without saying how it
+# is done; here such images keep the annotations of all their classes.
 TAIL = "TailTrainingSampler"
 # All whose epochs are known here; Detectron2 has others, whose order its own loader decides.
-EPOCH_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", CLASS_BALANCED, TAIL)
+EPOCH_SAMPLERS = (RANDOM, RFS, IRFS, E_IRFS, CLASS_BALANCED, TAIL)
 
 
 class EpochSampler(Sampler):
@@ -78,25 +86,60 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
         DataError: if no image has what the sampler is to draw.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
+    if name == RANDOM:
         return functools.partial(shuffled, torch.arange(len(records)))
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-        return functools.partial(repeated_order, factors)
+    if name in (RFS, IRFS):
+        return functools.partial(repeated_order, expected_draws(cfg, records))
+    if name == E_IRFS:
+        return functools.partial(weighted_order, expected_draws(cfg, records))
     if name == CLASS_BALANCED:
         images_of_class = _images_of_classes(records)
         return functools.partial(class_balanced_order, images_of_class, len(records))
+    return functools.partial(shuffled, expected_draws(cfg, records).nonzero().flatten())
+
+
+def expected_draws(cfg: CfgNode, records: Sequence[dict]) -> torch.Tensor:
+    """How often an epoch of ``DATALOADER.SAMPLER_TRAIN`` takes each image, on average.
+
+    Args:
+        cfg, records: as for :func:`epoch_order`.
+
+    Returns:
+        Float tensor (N,); its sum is the length of an epoch.
+
+    Raises:
+        ConfigError, DataError: as :func:`epoch_order`.
+    """
+    name, num_images = cfg.DATALOADER.SAMPLER_TRAIN, len(records)
+    if name == RANDOM:
+        return torch.ones(num_images)
+    if name == RFS:
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+    if name == IRFS:
+        scarcity = _scarcity(records, cfg.DATALOADER.REPEAT_THRESHOLD)
+        return _greatest_of_image(records, {c: max(1.0, x) for c, x in scarcity.items()}, 1.0)
+    if name == E_IRFS:
+        # Of the logarithms the greatest is subtracted: factors beyond e^700 would be infinite.
+        scarcity = _scarcity(records, cfg.DATALOADER.REPEAT_THRESHOLD)
+        logs = {c: cfg.DATALOADER.REPEAT_ALPHA * x for c, x in scarcity.items()}
+        return num_images * _greatest_of_image(records, logs, 0.0).softmax(dim=0)
+    if name == CLASS_BALANCED:
+        images_of_class = _images_of_classes(records)
+        draws = torch.zeros(num_images)
+        for images in images_of_class:
+            draws[images] += num_images / len(images_of_class) / len(images)
+        return draws
     if name == TAIL:
         is_tail = training_class_counts(cfg, by="instances") < cfg.DATALOADER.TAIL_MAX_COUNT
-        images = [i for i, r in enumerate(records) if any(is_tail[c] for c in _classes_of(r))]
-        if not images:
+        draws = torch.tensor([float(any(is_tail[c] for c in _classes_of(r))) for r in records])
+        if not draws.any():
             raise DataError(
                 f"No training image shows a class of fewer than {cfg.DATALOADER.TAIL_MAX_COUNT} "
                 "instances; raise DATALOADER.TAIL_MAX_COUNT."
             )
-        return functools.partial(shuffled, torch.tensor(images))
+        return draws
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is '{name}', which is none of {', '.join(EPOCH_SAMPLERS)}; set "
         "it to one of these."
@@ -126,6 +169,11 @@ def repeated_order(factors: torch.Tensor, generator: torch.Generator) -> torch.T
     return positions[torch.randperm(len(positions), generator=generator)]
 
 
+def weighted_order(draws: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws with replacement, as many as there are images, by the numbers expected of each (N,)."""
+    return torch.multinomial(draws, len(draws), replacement=True, generator=generator)
+
+
 def class_balanced_order(
     images_of_class: Sequence[torch.Tensor], num_draws: int, generator: torch.Generator
 ) -> torch.Tensor:
@@ -148,6 +196,20 @@ def class_balanced_order(
     return torch.cat(list(images_of_class))[starts[classes] + within]
 
 
+def _scarcity(records: Sequence[dict], threshold: float) -> dict[int, float]:
+    """sqrt(t / sqrt(f_image f_instance)) of each class, f its share of images and of instances."""
+    images = Counter(c for record in records for c in _classes_of(record))
+    instances = Counter(c for record in records for c in _instances_of(record))
+    product = {c: images[c] / len(records) * instances[c] / instances.total() for c in images}
+    return {c: (threshold / share**0.5) ** 0.5 for c, share in product.items()}
+
+
+def _greatest_of_image(
+    records: Sequence[dict], of_class: dict[int, float], empty: float
+) -> torch.Tensor:
+    return torch.tensor([max((of_class[c] for c in _classes_of(r)), default=empty) for r in records])
+
+
 def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:
     images: dict[int, list[int]] = {}
     for i, record in enumerate(records):
@@ -159,5 +221,9 @@ def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:
 
 
 def _classes_of(record: dict) -> set[int]:
-    """Classes that a record shows; crowds do not count, since training leaves them out."""
-    return {a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)}
+    return set(_instances_of(record))
+
+
+def _instances_of(record: dict) -> list[int]:
+    """Classes of a record's objects; crowds do not count, since training leaves them out."""
+    return [a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)]

@@ -1,6 +1,7 @@
 """Trainer, checkpointing and the choice of what trains."""
 
 from ..checkpoint import LongTailCheckpointer
+from .evaluate import evaluate_classifiers, load_for_evaluation
 from .freezing import select_trainable_params
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
@@ -13,7 +14,9 @@ __all__ = [
     "LongTailPredictor",
     "argument_parser",
     "check_files",
+    "evaluate_classifiers",
     "launch",
+    "load_for_evaluation",
     "log_changed_settings",
     "process_count",
     "select_trainable_params",

@@ -211,6 +211,19 @@ class BAGSTrainer(DefaultTrainer):
         )
 
     @classmethod
+    def build_evaluators(
+        cls, cfg: CfgNode, model: nn.Module, output_folder: str | None = None
+    ) -> list[DatasetEvaluator]:
+        """One for each of ``DATASETS.TEST``, with the names and counts that the model knows."""
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        classes = ClassStatistics.from_model(cfg, model)
+        counts, names = classes.training_instances, classes.names
+        return [
+            cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
+            for name in cfg.DATASETS.TEST
+        ]
+
+    @classmethod
     def test(
         cls,
         cfg: CfgNode,
@@ -232,17 +245,7 @@ class BAGSTrainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         results_file = Path(output_folder) / "results.json"
         if evaluators is None:
-            classes = ClassStatistics.from_model(cfg, model)
-            evaluators = [
-                cls.build_evaluator(
-                    cfg,
-                    name,
-                    os.path.join(output_folder, name),
-                    classes.training_instances,
-                    classes.names,
-                )
-                for name in cfg.DATASETS.TEST
-            ]
+            evaluators = cls.build_evaluators(cfg, model, output_folder)
         if comm.is_main_process():
             results_file.unlink(missing_ok=True)  # stale as soon as new detections are written
         results = super().test(cfg, model, evaluators)
