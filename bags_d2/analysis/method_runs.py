@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,19 +27,18 @@ from ..data.datasets import missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
+from ..utils.processes import bags_d2_command
 from ..utils.settings import first_difference, select_config
 
 __all__ = ["BASELINE", "Comparison", "Kind", "MethodRun"]
 
 BASELINE = "baseline"
 
-# Of the source tree, which alone has the scripts.
-_ROOT = Path(__file__).resolve().parents[2]
 _FINAL = "model_final.pth"
 _START = "initial checkpoint"
 
 # Classifier transforms of the baseline's checkpoint, which need no config of their own: arguments
-# of tools/normalize_classifier.py.
+# of ``bags-d2 normalize``.
 TRANSFORMS = {
     "tau_norm": ("--tau", "1.0"),
     "tau_norm_tail": ("--tau", "1.0", "--max-count", "100"),
@@ -199,6 +197,21 @@ class Comparison:
                 methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
         return [BASELINE, *sorted([*methods, *TRANSFORMS])]
 
+    def choose(self, names: str | None) -> list[str]:
+        """The baseline, which goes first as others start from it, and the methods that were named.
+
+        ``names`` are separated by commas; "ablations" stands for all of these, None for all
+        :meth:`methods`.
+        """
+        if names is None:
+            return self.methods()
+        chosen = []
+        for name in filter(None, map(str.strip, names.split(","))):
+            chosen += list_methods(ablations=True) if name == "ablations" else [name]
+        if not chosen:
+            raise ConfigError(f"--methods names none; there are {', '.join(self.methods())}.")
+        return list(dict.fromkeys([BASELINE, *chosen]))
+
     def run(self, method: str, seed: int) -> MethodRun:
         """A run of one of :meth:`methods`, or of anything else that ``--method`` takes.
 
@@ -265,18 +278,18 @@ class Comparison:
         if run.kind is Kind.TRAIN:
             # Evaluated separately, so that the time of training is that of training.
             no_test = ["DATASETS.TEST", "()"]
-            make = _command("train_net.py", *common, "--resume", *opts, *start, *no_test)
+            make = bags_d2_command("train", *common, "--resume", *opts, *start, *no_test)
         elif run.kind is Kind.FIT:
             cache = ["--cache", str(self.output / "features" / f"seed{run.seed}")]
-            make = _command("tools/fit_classifier.py", *common, *cache, *opts, *start)
+            make = bags_d2_command("fit", *common, *cache, *opts, *start)
         elif run.kind is Kind.TRANSFORM:
             files = ["--input", run.weights, "--output", weights]
             arguments = [*files, *TRANSFORMS[run.method], *config]
-            make = _command("tools/normalize_classifier.py", *arguments)
+            make = bags_d2_command("normalize", *arguments)
         else:
             weights = run.weights
         test = ["--eval-only", *opts, "MODEL.WEIGHTS", weights]
-        return make, _command("train_net.py", *common, *test)
+        return make, bags_d2_command("train", *common, *test)
 
     def _folder(self, method: str, seed: int) -> Path:
         return self.output / method / f"seed{seed}"
@@ -301,10 +314,6 @@ def _kind_of(cfg: CfgNode) -> tuple[Kind, str]:
         return Kind.TRAIN, "a part"
     cascade = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) and "Cascade" in cfg.MODEL.ROI_HEADS.NAME
     return Kind.TRAIN if cascade else Kind.FIT, "classifier"
-
-
-def _command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(_ROOT / script), *arguments]
 
 
 def _load(path: Path, default: dict | list):

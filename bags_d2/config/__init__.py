@@ -2,6 +2,7 @@
 
 from .defaults import add_bags_config
 from .files import (
+    CONFIGS,
     find_config,
     list_methods,
     merge_config_file,
@@ -12,6 +13,7 @@ from .files import (
 from .renamed import current_name, former_names, long_tail, rename_keys, rename_options
 
 __all__ = [
+    "CONFIGS",
     "add_bags_config",
     "current_name",
     "find_config",

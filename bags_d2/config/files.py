@@ -50,11 +50,20 @@ def find_config(path: str) -> tuple[str, tuple[str, ...]]:
     """The file that a path stands for, and the methods that its name lays over that file.
 
     Where there is no such file, ``lvis_seesaw_R50.yaml`` is ``lvis_baseline_R50.yaml`` with the
-    method ``seesaw``, and a file that used to be in this place is found where it is now.
+    method ``seesaw``, and a file that used to be in this place is found where it is now. What the
+    present folder lacks is looked for among the configs of this package.
 
     Returns:
         A path and methods. They are ``path`` itself and none if nothing fits.
     """
+    found = _find_config(path)
+    if os.path.isfile(found[0]) or os.path.isabs(path) or "://" in path:
+        return found
+    packaged = _find_config(str(CONFIGS / path.removeprefix("configs/")))
+    return packaged if os.path.isfile(packaged[0]) else found
+
+
+def _find_config(path: str) -> tuple[str, tuple[str, ...]]:
     folder, name = os.path.split(path)
     stem, extension = os.path.splitext(name)
     if "://" in path or os.path.isfile(path) or extension != ".yaml":
@@ -70,11 +79,11 @@ def find_config(path: str) -> tuple[str, tuple[str, ...]]:
             if stem == f"{before}{method}{after}" and _files_of_method(method):
                 return os.path.join(place, baseline.name), (method,)
     if stem.endswith("_AP_fixed"):
-        file, methods = find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
+        file, methods = _find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
         if os.path.isfile(file):
             return file, (*methods, "AP_fixed")
     if os.path.basename(folder) in _FORMER_FOLDERS:
-        found = find_config(os.path.join(os.path.dirname(folder), name))
+        found = _find_config(os.path.join(os.path.dirname(folder), name))
         if os.path.isfile(found[0]):
             return found
     return path, ()
@@ -89,8 +98,8 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
 
     Args:
         path: see :func:`find_config`, or a URL that Detectron2's PathManager knows. Its ``_BASE_``
-            is one path or a list; each is absolute, from the home folder (``~``) or relative to
-            the file.
+            is one path or a list; each is absolute, from the home folder (``~``), relative to the
+            file, or the name of a config of this package.
         method: what to lay over the file: a name of :func:`list_methods`, followed by
             "_classifier" if only the classifier is to train, or the path of a YAML.
 
@@ -179,9 +188,12 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     baseline_dir = None
     for base in bases:
+        named = base
         if "://" not in base:
             base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         file, methods = find_config(base)
+        if not os.path.isfile(file) and os.path.isfile(find_config(named)[0]):
+            file, methods = find_config(named)
         within = (*above, os.path.realpath(path))
         update = _read_with_bases(file, within)
         for method in methods:

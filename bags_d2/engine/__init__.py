@@ -4,14 +4,13 @@ from ..checkpoint import LongTailCheckpointer
 from .freezing import select_trainable_params
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
-from .setup import argument_parser, check_files, log_changed_settings, setup_cfg
+from .setup import check_files, log_changed_settings, setup_cfg
 from .trainer import BAGSTrainer
 
 __all__ = [
     "BAGSTrainer",
     "LongTailCheckpointer",
     "LongTailPredictor",
-    "argument_parser",
     "check_files",
     "launch",
     "log_changed_settings",

@@ -1,0 +1,73 @@
+"""Training or evaluating by a config file, from the command line's arguments on."""
+
+import argparse
+import contextlib
+import functools
+
+from detectron2.config import CfgNode
+from detectron2.engine import hooks
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoint import LongTailCheckpointer
+from ..utils.files import lock_folder
+from .launch import launch, process_count
+from .setup import check_files, log_changed_settings, setup_cfg, setup_run
+from .trainer import BAGSTrainer
+
+__all__ = ["main", "train"]
+
+
+def train(args: argparse.Namespace) -> None:
+    """``bags-d2 train``: check everything, and run :func:`main` in every process."""
+    # Once before processes are launched: one sentence instead of one traceback for each.
+    check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
+    launch(main, args)
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Train, or evaluate with ``args.eval_only``, in this process; the metrics by task."""
+    cfg = setup_cfg(args)
+    # A checkpoint may be evaluated while the training goes on.
+    folder = f"{cfg.OUTPUT_DIR}/inference" if args.eval_only else cfg.OUTPUT_DIR
+    with lock_folder(folder) if comm.is_main_process() else contextlib.nullcontext():
+        return _run(cfg, args)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> dict:
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
+    if args.resume and not args.eval_only and comm.is_main_process():
+        log_changed_settings(cfg)
+    setup_run(cfg, args)
+    if args.eval_only:
+        model = _load_for_evaluation(cfg, args.resume)
+        results = BAGSTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(BAGSTrainer.test_with_tta(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = BAGSTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        tta = functools.partial(BAGSTrainer.test_with_tta, cfg, trainer.model)
+        trainer.register_hooks([hooks.EvalHook(0, tta)])
+    return trainer.train()
+
+
+def _load_for_evaluation(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The model with its weights; training annotations are read only if the weights need them."""
+    alone = cfg.clone()
+    alone.defrost()
+    alone.DATASETS.TRAIN = ()
+    for config in (alone, cfg):
+        model = BAGSTrainer.build_model(config)
+        LongTailCheckpointer(model, cfg.OUTPUT_DIR, evaluating=True).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=resume
+        )
+        if all(getattr(module, "is_determined", True) for module in model.modules()):
+            break
+    return model
