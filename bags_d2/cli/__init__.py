@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from ..errors import exit_on_user_error
 
-__all__ = ["COMMANDS", "main", "parse_args"]
+__all__ = ["COMMANDS", "build_parser", "main", "parse_args"]
 
 # The group of each command; its module is named likewise.
 COMMANDS = {
@@ -72,6 +72,11 @@ def parse_args(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     if name not in _commands():
         print(f"Error: There is no command '{name}'; bags-d2 --help lists all.", file=sys.stderr)
         raise SystemExit(2)
+    return _module(name), build_parser(name).parse_args(argv[1:])
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
     module = _module(name)
     about, _, more = module.__doc__.partition("\n")
     description, _, example = more.partition("Example:")
@@ -82,7 +87,7 @@ def parse_args(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         formatter_class=_HelpFormatter,
     )
     module.add_arguments(parser)
-    return module, parser.parse_args(argv[1:])
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """What runs a comparison of methods consists of, and that it goes on where it stopped."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from detectron2.data import MetadataCatalog
 
 from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
@@ -301,13 +301,9 @@ def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
 
 
 def compare(arguments, monkeypatch):
-    """tools/compare_methods.py in this process."""
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_methods.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", ["compare", "--config-file", str(GLYPHS), *arguments])
+    """bags-d2 compare in this process."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    tool.main()
+    run_command("compare", "--config-file", GLYPHS, *arguments)
 
 
 def test_two_comparisons_in_one_folder(tmp_path, monkeypatch):
@@ -359,7 +355,7 @@ def test_a_failing_command_is_an_error_with_its_last_words(tmp_path):
 def test_the_tool_trains_fits_and_evaluates_from_any_folder(datasets_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     (tmp_path / "tiny.yaml").write_text(f'_BASE_: "{ROOT}/tests/tiny.yaml"\n')
-    command = [sys.executable, str(ROOT / "tools" / "compare_methods.py")]
+    command = [sys.executable, "-m", "bags_d2", "compare"]
     command += ["--methods", "bags", "--seeds", "1"]
     command += ["--config-file", "tiny.yaml", "--output", "out"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
