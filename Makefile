@@ -12,10 +12,10 @@ setup: .venv/.installed
 	touch $@
 
 demo: setup
-	$(BIN)/python tools/run_demo.py
+	$(BIN)/python -m bags_d2 demo
 
 demo-from-scratch: setup
-	$(BIN)/python tools/run_demo.py --from-scratch
+	$(BIN)/python -m bags_d2 demo --from-scratch
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -1,33 +1,25 @@
 """Long-tailed object detection on Detectron2: Balanced Group Softmax and its peers.
 
-Importing this package registers its RoI heads, box predictors and data sets with Detectron2.
+The groups and their loss need torch alone. The first use of any other name of this package imports
+the rest, which registers its RoI heads, box predictors and data sets with Detectron2.
 """
 
-import os
+import importlib
+from typing import TYPE_CHECKING
 
-try:
-    import detectron2  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "bags_d2 needs detectron2: install the official build, or ./third_party/detectron2 of "
-        "this project (README, section Installation)."
-    ) from error
-
-from .config import add_bags_config
-from .data.datasets import register_builtin_datasets
-from .engine import BAGSTrainer, LongTailPredictor
 from .errors import BagsError, ConfigError, DataError, MissingFileError
-from .modeling import (
-    ROI_BOX_PREDICTOR_REGISTRY,
-    BAGSOutputLayers,
-    ClassGroups,
-    LongTailCascadeROIHeads,
-    LongTailROIHeads,
-    build_box_predictor,
-    group_softmax_loss,
-    merge_group_probs,
-    sample_others,
-)
+
+if TYPE_CHECKING:
+    from .config import add_bags_config
+    from .engine import BAGSTrainer, LongTailPredictor
+    from .modeling.box_predictors import (
+        ROI_BOX_PREDICTOR_REGISTRY,
+        BAGSOutputLayers,
+        build_box_predictor,
+    )
+    from .modeling.class_groups import ClassGroups
+    from .modeling.losses import group_softmax_loss, merge_group_probs, sample_others
+    from .modeling.roi_heads import LongTailCascadeROIHeads, LongTailROIHeads
 
 __version__ = "0.5.0"
 
@@ -50,4 +42,33 @@ __all__ = [
     "sample_others",
 ]
 
-register_builtin_datasets(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+_TORCH_ONLY = {"ClassGroups", "group_softmax_loss", "merge_group_probs", "sample_others"}
+_HOMES = {"add_bags_config": ".config", "BAGSTrainer": ".engine", "LongTailPredictor": ".engine"}
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _TORCH_ONLY:
+        _register()
+    home = importlib.import_module(_HOMES.get(name, ".modeling"), __name__)
+    globals()[name] = getattr(home, name)
+    return globals()[name]
+
+
+def _register() -> None:
+    """Import all that registers itself with Detectron2."""
+    try:
+        importlib.import_module(".engine", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise ModuleNotFoundError(
+            "bags_d2 needs detectron2: install the official build, or ./third_party/detectron2 of "
+            "this project (README, section Installation).",
+            name="detectron2",
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Build MUSCIMA++ as tiles: handwritten music, a real long-tailed data set small enough for a CPU.
 
-The pages are redrawn from the pixel masks in the annotation files, at half size; no other download is
-needed. Get the annotations (MUSCIMA++ 1.0, Hajic jr. and Pecina, ICDAR 2017; CC BY-NC-SA 4.0) with
+The pages are redrawn from the pixel masks in the annotation files, at half size; no other download
+is needed. Get the annotations (MUSCIMA++ 1.0, Hajic jr. and Pecina, ICDAR 2017; CC BY-NC-SA 4.0) by
 
     git clone --depth 1 --branch v1.0 https://github.com/OMR-Research/muscima-pp
 
-and give the folder to this script. The result is in COCO format: 107 classes, 2,961 training and 709
-validation tiles of 256 pixels, split by page.
+and give the folder to this script. The result is in COCO format: 107 classes, 2,961 training and
+709 validation tiles of 256 pixels, split by page.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from bags_d2.errors import DataError, MissingFileError, exit_on_user_error
 from bags_d2.utils.files import write_atomically, write_json
 
-# Objects are annotated by hand; the staff, which is paper rather than symbols, was added by a program.
+# Objects are annotated by hand; the staff, paper rather than symbols, was added by a program.
 OBJECTS, STAFF = "cropobjects_manual", "cropobjects_withstaff"
 STAFF_LINE = "staff_line"
 
@@ -41,14 +41,15 @@ OUTLINE_TOLERANCE = 1.5  # pixels of the page at full size
 
 # A fifth of the pages, of 27 of the 50 writers.
 VAL_PAGES = """
-W-05_N-19 W-06_N-02 W-06_N-03 W-08_N-10 W-10_N-18 W-12_N-04 W-15_N-15 W-16_N-13 W-19_N-11 W-19_N-19
-W-23_N-06 W-23_N-17 W-24_N-07 W-25_N-09 W-27_N-16 W-28_N-09 W-29_N-14 W-30_N-17 W-32_N-09 W-33_N-04
-W-35_N-05 W-36_N-14 W-39_N-20 W-43_N-10 W-43_N-15 W-45_N-01 W-47_N-12 W-50_N-08
-""".split()
+    W-05_N-19 W-06_N-02 W-06_N-03 W-08_N-10 W-10_N-18 W-12_N-04 W-15_N-15 W-16_N-13 W-19_N-11
+    W-19_N-19 W-23_N-06 W-23_N-17 W-24_N-07 W-25_N-09 W-27_N-16 W-28_N-09 W-29_N-14 W-30_N-17
+    W-32_N-09 W-33_N-04 W-35_N-05 W-36_N-14 W-39_N-20 W-43_N-10 W-43_N-15 W-45_N-01 W-47_N-12
+    W-50_N-08
+""".split()  # noqa: SIM905
 
 INFO = {
-    "description": "MUSCIMA++ 1.0 (Hajic jr. and Pecina, 2017; pages of CVC-MUSCIMA, Fornes et al., "
-    "2012) as tiles, by datasets/prepare_muscima.py of bags_d2",
+    "description": "MUSCIMA++ 1.0 (Hajic jr. and Pecina, 2017; pages of CVC-MUSCIMA, Fornes et "
+    "al., 2012) as tiles, by datasets/prepare_muscima.py of bags_d2",
     "url": "https://github.com/OMR-Research/muscima-pp",
 }
 LICENSE = {"id": 1, "name": "CC BY-NC-SA 4.0", "url": ""}
@@ -63,7 +64,7 @@ class Symbol(NamedTuple):
     mask: np.ndarray  # (height, width) uint8, 0 or 1
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,7 +75,7 @@ def main() -> None:
         default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser() / "muscima",
         help="default: %(default)s",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     build(args.source, args.output)
 
 
@@ -101,9 +102,7 @@ def build(source: Path, output: Path) -> None:
             kept, objects = splits["val" if _page_name(path) in VAL_PAGES else "train"]
             for file_name, annotations in page:
                 image_id += 1
-                kept.append(
-                    {"id": image_id, "file_name": file_name, "width": TILE, "height": TILE}
-                )
+                kept.append({"id": image_id, "file_name": file_name, "width": TILE, "height": TILE})
                 objects += [{"image_id": image_id, **a} for a in annotations]
     names = sorted({a["name"] for _, objects in splits.values() for a in objects})
     for split, (kept, objects) in splits.items():
@@ -140,9 +139,7 @@ def read_page(path: Path) -> list[Symbol]:
     return symbols
 
 
-def draw_page(
-    objects: Sequence[Symbol], staff: Sequence[Symbol]
-) -> tuple[np.ndarray, int, int]:
+def draw_page(objects: Sequence[Symbol], staff: Sequence[Symbol]) -> tuple[np.ndarray, int, int]:
     """A page at half size, dark on white; top and left of its full size in the file's pixels.
 
     Of ``staff``, which counts for the size of the page, only the lines are drawn.
@@ -185,7 +182,7 @@ def cut_page(folder: Path, path: Path) -> list[tuple[str, list[dict]]]:
 
 
 def outline(mask: np.ndarray, box: np.ndarray) -> list[np.ndarray]:
-    """Simplified outer contours of a mask, (points, 2) at half size; the box if none has an area."""
+    """Simplified outer contours of a mask, (points, 2) at half size; else the corners of the box."""
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     simple = [cv2.approxPolyDP(contour, OUTLINE_TOLERANCE, True)[:, 0] for contour in contours]
     polygons = [box[:2] + contour / 2 for contour in simple if len(contour) >= 3]
@@ -236,7 +233,7 @@ def _categories(objects: Sequence[dict], names: Sequence[str]) -> list[dict]:
 
 
 def _page_name(path: Path) -> str:
-    """"W-01_N-10" of "CVC-MUSCIMA_W-01_N-10_D-ideal.xml"."""
+    """ "W-01_N-10" of "CVC-MUSCIMA_W-01_N-10_D-ideal.xml"."""
     return "_".join(path.stem.split("_")[1:3])
 
 

@@ -19,9 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prepare_glyphs import build_glyphs
 
-import train_net
 from bags_d2 import BagsError, BAGSTrainer
-from bags_d2.engine import LongTailCheckpointer, check_files, process_count, setup_cfg
+from bags_d2.engine import LongTailCheckpointer, check_files, process_count, setup_cfg, training
 from bags_d2.errors import exit_on_user_error, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +206,7 @@ def test_the_page_lists_these_cases():
 def train(args):
     """As train_net.py does it, in this process."""
     check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
-    train_net.main(args)
+    training.main(args)
 
 
 @pytest.fixture

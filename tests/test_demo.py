@@ -1,6 +1,5 @@
 """demo/demo.py on the checkpoints that the package carries."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,17 +9,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from commands import run_command
 from PIL import Image
 
 from bags_d2 import BagsError
+from bags_d2.analysis import media
 from bags_d2.data.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 BAGS, BASELINE = "configs/glyphs_bags.yaml", "configs/glyphs_baseline.yaml"
 
-spec = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
+
+def draw(arguments):
+    run_command("draw", *arguments)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def _at_root(monkeypatch):
 
 def test_one_image_to_one_file(images, tmp_path):
     out = tmp_path / "new" / "picture.png"
-    demo.main(["--config-file", BAGS, "--input", str(images[0]), "--output", str(out)])
+    draw(["--config-file", BAGS, "--input", str(images[0]), "--output", str(out)])
     picture = cv2.imread(str(out))
     assert min(picture.shape[:2]) >= 640
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
@@ -45,13 +46,13 @@ def test_two_models_side_by_side_for_a_folder_and_a_pattern(images, tmp_path):
     folder = images[0].parent
     pattern = str(images[0].parent / f"*{images[0].name[-6:]}")
     args = ["--config-file", BAGS, "--compare", BASELINE, "--output", str(tmp_path)]
-    demo.main([*args, "--top", "3", "--input", pattern])
-    demo.main(["--config-file", BAGS, "--output", str(tmp_path / "one"), "--input", pattern])
+    draw([*args, "--top", "3", "--input", pattern])
+    draw(["--config-file", BAGS, "--output", str(tmp_path / "one"), "--input", pattern])
     both = cv2.imread(str(tmp_path / images[0].name))
     one = cv2.imread(str(tmp_path / "one" / images[0].name))
     assert both.shape[1] == 2 * one.shape[1] + 8
-    assert len(demo.image_paths([str(folder)])) == len(list(folder.iterdir()))
-    assert demo.image_paths([pattern, str(images[1])])[-1] == images[1]
+    assert len(media.image_paths([str(folder)])) == len(list(folder.iterdir()))
+    assert media.image_paths([pattern, str(images[1])])[-1] == images[1]
 
 
 def test_a_video(images, tmp_path):
@@ -61,19 +62,17 @@ def test_a_video(images, tmp_path):
     for _ in range(4):
         writer.write(frame)
     writer.release()
-    demo.main(
-        ["--config-file", BAGS, "--video-input", str(source), "--output", str(tmp_path / "o")]
-    )
+    draw(["--config-file", BAGS, "--video-input", str(source), "--output", str(tmp_path / "o")])
     video = cv2.VideoCapture(str(tmp_path / "o" / "in.mp4"))
-    assert sum(1 for _ in demo.frames(video)) == 4
+    assert sum(1 for _ in media.frames(video)) == 4
 
 
 def test_options_reach_the_model(images, tmp_path):
     args = ["--config-file", BAGS, "--input", str(images[0]), "--output", str(tmp_path)]
     with pytest.raises(BagsError, match="nowhere"):
-        demo.main([*args, "--opts", "MODEL.WEIGHTS", "nowhere.pth"])
+        draw([*args, "--opts", "MODEL.WEIGHTS", "nowhere.pth"])
     with pytest.raises(BagsError, match="nowhere"):
-        demo.main([*args, "--compare", BASELINE, "--compare-weights", "nowhere.pth"])
+        draw([*args, "--compare", BASELINE, "--compare-weights", "nowhere.pth"])
 
 
 @pytest.mark.parametrize(
@@ -90,17 +89,17 @@ def test_options_reach_the_model(images, tmp_path):
 )
 def test_faulty_input_is_one_sentence(arguments, message, tmp_path):
     with pytest.raises(BagsError, match=message):
-        demo.main(["--config-file", BAGS, "--output", str(tmp_path), *arguments])
+        draw(["--config-file", BAGS, "--output", str(tmp_path), *arguments])
 
 
 def test_pictures_that_would_overwrite_each_other_are_refused(tmp_path):
     inputs = [Path("a/x.jpg"), Path("b/x.jpg")]
     with pytest.raises(BagsError, match=r"several files named 'x\.jpg'"):
-        demo.output_paths(inputs, tmp_path)
+        media.output_paths(inputs, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BagsError, match="is a file, but there are 2 images"):
-        demo.output_paths(inputs, tmp_path / "file")
-    assert demo.output_paths(inputs[:1], tmp_path / "y.png") == [tmp_path / "y.png"]
+        media.output_paths(inputs, tmp_path / "file")
+    assert media.output_paths(inputs[:1], tmp_path / "y.png") == [tmp_path / "y.png"]
 
 
 def run(*arguments, **kwargs):
@@ -138,7 +137,7 @@ def test_an_input_is_never_overwritten(images, tmp_path):
         ["--video-input", str(clip), "--output", str(clip)],
     ):
         with pytest.raises(BagsError, match=r"would overwrite the input '.*(jpg|mp4)'"):
-            demo.main(["--config-file", BAGS, *arguments])
+            draw(["--config-file", BAGS, *arguments])
     assert {path: path.read_bytes() for path in (picture, clip)} == before
 
 

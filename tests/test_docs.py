@@ -10,9 +10,12 @@ from pathlib import Path
 
 import own_data
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import write_config_reference
+
+from bags_d2 import cli, merge_group_probs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +23,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 # What a block of commands needs that a test has not, by the word after "bash needs=".
 KNOWN_NEEDS = {
     *("network", "lvis", "gpu", "slurm", "checkpoints"),
-    *("minutes", "hours"),  # too long for a test; the tools have tests of their own
+    *("minutes", "hours"),  # too long for a test; the commands have tests of their own
     "demo",  # the output of make demo
 }
 
@@ -34,6 +37,25 @@ def blocks(page):
 def test_python_of_the_readme_runs(number, monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(compile(SNIPPETS[number], f"README.md snippet {number}", "exec"), {})
+
+
+def test_the_page_about_the_loss():
+    text = (ROOT / "docs" / "loss_alone.md").read_text()
+    page = {}
+    torch.manual_seed(0)
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(snippet, "docs/loss_alone.md", "exec"), page)
+    page["roi_heads"].fastrcnn_loss = page["torchvision_loss"]
+    predictor, groups = page["model"].roi_heads.box_predictor, page["groups"]
+    assert predictor.cls_score.weight.grad.abs().sum() > 0
+    assert {"loss_classifier", "loss_box_reg"} <= page["losses"].keys()
+    # torchvision's scores, of what the predictor returns, are those of the merge.
+    x = torch.randn(40, predictor.cls_score.in_features) * 5
+    logits, _ = predictor(x)
+    merged = merge_group_probs(predictor.cls_score(x), groups, how="joint")
+    torch.testing.assert_close(logits.softmax(dim=1)[:, 1:], merged[:, :-1])
+    detections = page["detections"][0]
+    assert set(detections["labels"].tolist()) <= {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -69,22 +91,17 @@ def test_every_command_is_run_or_says_what_it_needs(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_in_commands_are_those_of_the_tools(page):
-    for _, block in blocks(page):
-        for line in commands(block):
-            script = next((w for w in line.split() if w.endswith(".py")), None)
-            if script is None or not (ROOT / script).is_file():
-                continue
-            text = (ROOT / script).read_text()
-            flags = set(re.findall(r"(?<= )--[a-z][a-z0-9-]+", line.split(script)[1]))
-            of_detectron2 = {
-                *("--config-file", "--num-gpus", "--num-machines", "--machine-rank"),
-                *("--dist-url", "--resume", "--eval-only", "--method"),
-            }
-            own = set(re.findall(r'"(--[a-z0-9-]+)"', text))
-            uses_detectron2s = "argument_parser(" in text
-            unknown = flags - own - (of_detectron2 if uses_detectron2s else set())
-            assert not unknown, f"{page.name}: {script} has no {unknown}"
+def test_flags_in_commands_exist(page):
+    """Those of commands that no test runs included."""
+    for line in (line for _, block in blocks(page) for line in commands(block)):
+        found = re.search(r"(?:bags-d2|-m bags_d2|train_net\.py) ?([a-z-]*)(.*)", line)
+        if found is None or found[1].startswith("-"):
+            continue
+        own = cli.build_parser(found[1] or "train").format_help()
+        unknown = set(re.findall(r"(?<= )--[a-z][a-z0-9-]+", found[2])) - set(
+            re.findall(r"--[a-z0-9-]+", own)
+        )
+        assert not unknown, f"{page.name}: {line}: there is no {unknown}"
 
 
 def commands(block):
@@ -95,7 +112,8 @@ def commands(block):
 
 def run(command, folder):
     """Run a documented command in a folder that looks like the project's."""
-    words = command.replace("python ", f"{sys.executable} ", 1)
+    words = re.sub(r"^bags-d2", f"{sys.executable} -m bags_d2", command)
+    words = re.sub(r"^python", sys.executable, words)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         words, shell=True, capture_output=True, text=True, cwd=folder, env=environment
@@ -154,7 +172,7 @@ def test_own_data_from_the_json_to_the_pictures(own_project):
         for command in commands(block)
     }
     assert len(printed) == 6
-    groups = next(out for command, out in printed.items() if "show_groups" in command)
+    groups = next(out for command, out in printed.items() if " groups " in command)
     assert "1 class has none and cannot be learned: washer" in groups
     assert "GROUP_THRESHOLDS" in groups  # no class has 1000 instances: others are proposed
     out = own_project / "output"

@@ -4,16 +4,15 @@ A file that may grow no further fails as a full disk does; the last test fills a
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import bags_d2, run_command
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 
@@ -37,15 +36,6 @@ def full_disk(size=300):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def tool(name, arguments, monkeypatch):
-    """A script of tools/, in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    module.main()
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "in" / "model.pth"
@@ -54,20 +44,20 @@ def checkpoint(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", ["publish_checkpoint", "normalize_classifier"])
-def test_a_checkpoint(name, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["publish", "normalize"])
+def test_a_checkpoint(name, checkpoint, tmp_path):
     output = tmp_path / "out" / "model.pth"
     output.parent.mkdir()
     output.write_text(BEFORE)
     arguments = {
-        "publish_checkpoint": [checkpoint, output],
-        "normalize_classifier": ["--input", checkpoint, "--output", output],
+        "publish": [checkpoint, output],
+        "normalize": ["--input", checkpoint, "--output", output],
     }[name]
     with full_disk(), pytest.raises(BagsError, match=r"model\.pth' could not be written .*free"):
-        tool(name, arguments, monkeypatch)
+        run_command(name, *arguments)
     assert output.read_text() == BEFORE
     assert list(output.parent.iterdir()) == [output]
-    tool(name, arguments, monkeypatch)
+    run_command(name, *arguments)
     assert torch.load(output, weights_only=True)["model"].keys() == {CLASSIFIER, "x"}
 
 
@@ -115,8 +105,7 @@ def test_a_disk_that_is_full(checkpoint, tmp_path):
     try:
         output = disk / "model.pth"
         output.write_text(BEFORE)
-        command = [sys.executable, "tools/publish_checkpoint.py", str(checkpoint), str(output)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = bags_d2("publish", checkpoint, output)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert "model.pth' could not be written (No space left on device); free" in done.stderr

@@ -1,6 +1,5 @@
 """LazyConfigs train a step, with this project's entry and as Detectron2's own would."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,11 @@ from detectron2.utils.events import EventStorage
 
 from bags_d2 import BAGSOutputLayers, BAGSTrainer, ConfigError, LongTailROIHeads, model_zoo
 from bags_d2.data import register_lvis_format
+from bags_d2.engine import lazy_training
 
 ROOT = Path(__file__).resolve().parents[1]
 LAZY = sorted((ROOT / "configs" / "lazy").glob("*.py"))
 BASELINE, BAGS = "lazy/lvis_baseline_mask_R50.py", "lazy/lvis_bags_mask_R50.py"
-
-spec = importlib.util.spec_from_file_location("lazy", ROOT / "tools" / "lazyconfig_train_net.py")
-entry = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(entry)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def run(name, opts, *flags):
     args = default_argument_parser().parse_args(
         ["--config-file", model_zoo.get_config_file(name), *flags, *opts]
     )
-    return entry.main(args)
+    return lazy_training.main(args)
 
 
 def weights_of(folder):

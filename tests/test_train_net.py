@@ -12,10 +12,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, launch
 
-import train_net
 from bags_d2 import BAGSTrainer, ConfigError
 from bags_d2.data import register_lvis_format
-from bags_d2.engine import setup_cfg
+from bags_d2.engine import setup_cfg, training
 from bags_d2.utils.files import FolderInUseError, lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +63,7 @@ def messages(caplog):
 
 def run(*options, flags=()):
     args = default_argument_parser().parse_args(["--config-file", TINY, *flags, *options])
-    return train_net.main(args)
+    return training.main(args)
 
 
 def results_of(folder):

@@ -1,6 +1,7 @@
 """An installed package has its configs, its checkpoints and the three-line API, away from here."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -58,6 +59,27 @@ def installed(tmp_path_factory):
     install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     return target
+
+
+def test_commands_run_from_another_directory(installed, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+
+    def bags_d2(*arguments):
+        command = [sys.executable, str(installed / "bin" / "bags-d2"), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        return done.stdout
+
+    listed = re.findall(r"^  ([a-z-]+) ", bags_d2("--help"), re.MULTILINE)
+    assert {"train", "fit", "demo", "prepare"} <= set(listed)
+    for name in listed:
+        assert f"usage: bags-d2 {name}" in bags_d2(name, "--help")
+    bags_d2("prepare", "glyphs", "glyphs_tiny", "--quiet", "--num-workers", "1")
+    tiny = ["DATASETS.TRAIN", "('glyphs_tiny_train',)", "MODEL.ROI_HEADS.NUM_CLASSES", "6"]
+    assert "100-999" in bags_d2("groups", "--config-file", "glyphs_bags.yaml", "--opts", *tiny)
 
 
 def test_it_works_from_another_directory(installed, tmp_path):

@@ -1,16 +1,31 @@
 """What a checkpoint's classifier looks like from outside. Shapes: K classes."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
-from ..errors import BagsError, DataError
+from ..checkpoint.files import read_checkpoint
+from ..data.class_statistics import ClassStatistics
+from ..errors import BagsError, ConfigError, DataError
+from ..evaluation.bins import bin_index
 from ..modeling.class_groups import ClassGroups
+from ..utils.files import write_csv
+from .grouping import bin_names
+from .plots import plot_weight_norms
 
-__all__ = ["class_weight_norms", "rank_correlation", "remembered_counts"]
+__all__ = [
+    "class_weight_norms",
+    "known_classes",
+    "rank_correlation",
+    "read_labelled_checkpoints",
+    "remembered_counts",
+    "write_weight_norms",
+]
 
 _PREDICTOR = "roi_heads.box_predictor."
 _WEIGHT = "cls_score.weight"
@@ -47,6 +62,72 @@ def remembered_counts(checkpoint: Mapping) -> list[int] | None:
             counts = next(buffers, ())
         counts = torch.as_tensor(counts, dtype=torch.long).tolist()
         return counts if counts and min(counts) >= 0 else None
+
+
+def read_labelled_checkpoints(arguments: Sequence[str]) -> dict[str, dict]:
+    """Checkpoints by label, from "LABEL=PATH" or "PATH" (else ConfigError for repeated labels)."""
+    checkpoints = {}
+    for argument in arguments:
+        label, _, path = argument.rpartition("=")
+        label = label or "/".join(Path(path).parts[-2:])
+        if label in checkpoints:
+            raise ConfigError(f"--checkpoint: two are named '{label}'; write LABEL=PATH.")
+        checkpoints[label] = read_checkpoint(path)
+    return checkpoints
+
+
+def known_classes(
+    checkpoints: Iterable[Mapping], counts: Sequence[int] | None = None
+) -> ClassStatistics:
+    """Names that a checkpoint carries, if any does; and training counts, unless they are given.
+
+    Raises:
+        ConfigError: if no checkpoint has counts.
+    """
+    checkpoints = list(checkpoints)
+    names = (ClassStatistics.from_checkpoint(c).names for c in checkpoints)
+    if counts is None:
+        counts = next(filter(None, map(remembered_counts, checkpoints)), None)
+    if counts is None:
+        raise ConfigError(
+            "No checkpoint has training counts; add --config-file (its training set is counted) "
+            "or --counts."
+        )
+    return ClassStatistics(next(filter(None, names), None), tuple(counts))
+
+
+def write_weight_norms(
+    checkpoints: Mapping[str, Mapping],
+    classes: ClassStatistics,
+    thresholds: Sequence[int],
+    output: Path,
+) -> str:
+    """Write ``weight_norms.png`` and ``.csv`` to a folder; a table of the classifiers as text.
+
+    Args:
+        checkpoints: contents of checkpoints, by label.
+        classes: training counts, and names where known.
+        thresholds: edges of bins of counts.
+        output: the folder.
+    """
+    counts, names = classes.training_instances, classes.names
+    norms = {
+        label: class_weight_norms(checkpoint["model"], len(counts)).tolist()
+        for label, checkpoint in checkpoints.items()
+    }
+    title = "Classifier weight of each class"
+    plot_weight_norms(norms, counts, output / "weight_norms.png", thresholds, title)
+    groups = [bin_names(thresholds)[g] for g in bin_index(counts, thresholds)]
+    names = names or [f"class {i}" for i in range(len(counts))]
+    columns = (range(len(counts)), names, counts, groups, *norms.values())
+    header = ("class", "name", "training_instances", "group", *norms)
+    write_csv(output / "weight_norms.csv", header, zip(*columns, strict=True))
+    rows = [
+        (label, rank_correlation(counts, values), max(values) / max(min(values), 1e-12))
+        for label, values in norms.items()
+    ]
+    headers = ("", "rank correlation with count", "largest / smallest norm")
+    return tabulate(rows, headers, floatfmt=".2f")
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

@@ -36,7 +36,7 @@ def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
     rows = []
     for method, results in by_method.items():
         of_method, measures = zip(*results, strict=True)
-        pairs = [(found["bAP"], baseline.get(run.seed)) for run, found in results]
+        pairs = [(found["bAP"], baseline.get(run.detector)) for run, found in results]
         rows.append(
             {
                 "method": method,

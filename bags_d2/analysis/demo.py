@@ -1,5 +1,13 @@
-"""The demo's table, charts and pictures, from the files that its runs wrote."""
+"""The main job on the built-in data set: softmax against Balanced Group Softmax, in one table.
 
+Every number comes from the commands that a user would run: ``bags-d2 train`` and, for stage 2,
+which trains classifiers alone, ``bags-d2 fit``.
+"""
+
+import os
+import shlex
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,8 +16,11 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
+from .. import model_zoo
 from ..data.images import read_image
-from ..utils.files import load_json, write_atomically, write_json
+from ..errors import BagsError
+from ..utils.files import load_json, lock_folder, write_atomically, write_json
+from ..utils.processes import bags_d2_command, run_logged
 from .comparison import MEASURES
 from .detections import corners, group_by, label_detections
 from .drawing import draw_boxes, grid
@@ -18,7 +29,9 @@ from .plots import plot_ap_bins, plot_weight_norms
 from .report import all_weight_norms
 from .runs import EvaluatedRun, read_ground_truth, read_run
 
-__all__ = ["draw_comparison", "report_demo"]
+__all__ = ["draw_comparison", "report_demo", "run_demo"]
+
+_CONFIG = "glyphs_baseline.yaml"
 
 _LABELS = {
     "softmax": "softmax",
@@ -28,6 +41,56 @@ _LABELS = {
 }
 _RARE = 10  # training instances: classes with fewer are drawn thick
 _MIN_SCORE = 0.3
+
+
+def run_demo(output: Path, seed: int = 1, from_scratch: bool = False, online: bool = False) -> str:
+    """Build the data set, run every model of the demo, and report.
+
+    Args:
+        output: folder of the runs.
+        seed: of stage 2, and of the baseline if that is trained.
+        from_scratch: train the softmax baseline as well, instead of the carried one.
+        online: train stage 2 from images, not from cached features.
+
+    Returns:
+        The table as text.
+    """
+    with lock_folder(output):
+        # Stale as soon as a run of this demo writes.
+        (output / "results.json").unlink(missing_ok=True)
+        start = time.perf_counter()
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        prepare = bags_d2_command("prepare", "glyphs", "glyphs", "--root", root)
+        if subprocess.run(prepare).returncode:
+            raise BagsError("The data set could not be built (see above).")
+        seconds = {"dataset": time.perf_counter() - start}
+
+        weights = model_zoo.get_checkpoint(_CONFIG)
+        with_seed = ("SEED", str(seed))
+        if from_scratch:
+            # --resume: an interrupted training is continued.
+            folder = output / "glyphs_baseline"
+            seconds["softmax_training"] = _run("train", folder, "--resume", *with_seed)
+            weights = folder / "model_final.pth"
+        detector = ("MODEL.WEIGHTS", str(weights))
+        seconds["softmax"] = _run("train", output / "softmax", "--eval-only", *detector)
+        for name in list(_LABELS)[1:]:
+            folder, method = output / name, ("--method", name)
+            if online:
+                seconds[name] = _run("train", folder, *method, *with_seed, *detector)
+                continue
+            cache = ("--cache", str(output / "features"))
+            fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
+            seconds[name] = _run("fit", folder, *method, *cache, *with_seed, *detector)
+            seconds[name] += _run("train", folder, *method, "--eval-only", *fitted)
+        return report_demo(output, seconds)
+
+
+def _run(command: str, output_dir: Path, *options: str) -> float:
+    """Run a command, show its progress, and return the seconds that it took."""
+    words = [command, "--config-file", _CONFIG, *options, "OUTPUT_DIR", str(output_dir)]
+    print(f"\n$ bags-d2 {shlex.join(words)}", flush=True)
+    return run_logged(bags_d2_command(*words), output_dir / "console.txt")
 
 
 def report_demo(output: Path, seconds: Mapping[str, float]) -> str:

@@ -8,13 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tabulate import tabulate
 
 from ..evaluation.bins import bin_index
 
-__all__ = ["GroupSummary", "bin_names", "grouping_faults", "propose_thresholds", "summarize_groups"]
+__all__ = [
+    "GroupSummary",
+    "bin_names",
+    "describe_groups",
+    "grouping_faults",
+    "propose_thresholds",
+    "summarize_groups",
+]
 
 # Of all classes in one group: above this share grouping hardly changes anything.
 _TOO_LARGE_A_SHARE = 0.9
+_SHOWN = 8  # classes listed of a kind
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,46 @@ def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int,
         if edges or most <= 3 * rarest:
             break
     return tuple(edges)
+
+
+def describe_groups(
+    counts: Sequence[int], names: Sequence[str], thresholds: Sequence[int], by: str = "instances"
+) -> str:
+    """All of the above as text; ``by`` says what was counted, "instances" or "images"."""
+    groups = summarize_groups(counts, thresholds)
+    rows = [
+        (i, g.name, len(g.classes), g.instances, f"{g.share:.1%}")
+        for i, g in enumerate(groups, start=1)
+    ]
+    headers = ("group", f"training {by}", "classes", by, "share")
+    parts = [tabulate(rows, headers, intfmt=",")]
+
+    filled = [g for g in groups if g.classes]
+    boundaries = [
+        f"  {names[a.classes[-1]]} ({counts[a.classes[-1]]:,}) | "
+        f"{names[b.classes[0]]} ({counts[b.classes[0]]:,})"
+        for a, b in itertools.pairwise(filled)
+    ]
+    if boundaries:
+        parts.append("At the edges (largest of a group | smallest of the next):")
+        parts += boundaries
+    empty = [n for n, c in zip(names, counts, strict=True) if c == 0]
+    if empty:
+        more = f", and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        have = "class has" if len(empty) == 1 else "classes have"
+        parts.append(
+            f"{len(empty)} {have} none and cannot be learned: {', '.join(empty[:_SHOWN])}{more}"
+        )
+    faults = grouping_faults(counts, thresholds)
+    parts += [f"Warning: {fault}" for fault in faults]
+    proposed = propose_thresholds(counts)
+    if faults and proposed != tuple(thresholds):
+        sizes = [len(g.classes) for g in summarize_groups(counts, proposed)]
+        parts.append(
+            f"Proposed: MODEL.BAGS.GROUP_THRESHOLDS {str(proposed)!r}  "
+            f"(groups of {', '.join(map(str, sizes))} classes)"
+        )
+    return "\n".join(parts)
 
 
 def _merge_small_groups(counts: np.ndarray, edges: list[int], max_groups: int) -> list[int]:

@@ -15,32 +15,29 @@ import argparse
 import dataclasses
 import enum
 import hashlib
+import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import current_name, former_names, list_methods, run_name
+from ..config import BASELINE, current_name, former_names, list_methods, run_name
 from ..data.datasets import missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
+from ..utils.processes import bags_d2_command
 from ..utils.settings import first_difference, select_config
 
 __all__ = ["BASELINE", "Comparison", "Kind", "MethodRun"]
 
-BASELINE = "baseline"
-
-# Of the source tree, which alone has the scripts.
-_ROOT = Path(__file__).resolve().parents[2]
 _FINAL = "model_final.pth"
 _START = "initial checkpoint"
 
 # Classifier transforms of the baseline's checkpoint, which need no config of their own: arguments
-# of tools/normalize_classifier.py.
+# of ``bags-d2 normalize``.
 TRANSFORMS = {
     "tau_norm": ("--tau", "1.0"),
     "tau_norm_tail": ("--tau", "1.0", "--max-count", "100"),
@@ -75,7 +72,8 @@ class MethodRun:
     """One method with one seed."""
 
     method: str
-    seed: int  # of the run, and of the detector that it starts from
+    seed: int
+    detector: int  # seed of the baseline that it starts from
     overlay: str | None  # what ``--method`` lays over the baseline's config
     settings: dict[str, str]  # of its config, by dotted key
     kind: Kind
@@ -120,13 +118,7 @@ class MethodRun:
             ConfigError: if the folder holds a run of the same name with other settings, of other
                 data, or from another detector.
         """
-        written, wanted = _load(self.settings_file, {}), self.record()
-        names = sorted(written, key=lambda name: current_name(name) == name)  # current ones last
-        found = {current_name(name): written[name] for name in names}
-        # Keys that came with a later version had their defaults in effect; of data that were not
-        # recorded nothing is known.
-        found = {name: found.get(name, value) for name, value in wanted.items()}
-        if difference := first_difference(found, wanted):
+        if difference := self._difference():
             raise ConfigError(
                 f"'{self.folder}' holds a run with other settings: {difference}; delete it or "
                 "name another folder with --output."
@@ -135,6 +127,22 @@ class MethodRun:
             return bool(self.results())
         except DataError:  # cut short
             return False
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the model itself is there, be it evaluated or not."""
+        made = self.checkpoint.exists() and bool(self.durations())
+        return made and not self._difference()
+
+    def _difference(self) -> str | None:
+        """The first difference of the settings from those that the folder's run was made with."""
+        written, wanted = _load(self.settings_file, {}), self.record()
+        names = sorted(written, key=lambda name: current_name(name) == name)  # current ones last
+        found = {current_name(name): written[name] for name in names}
+        # Keys that came with a later version had their defaults in effect; of data that were not
+        # recorded nothing is known.
+        found = {name: found.get(name, value) for name, value in wanted.items()}
+        return first_difference(found, wanted)
 
     @property
     def seconds(self) -> float | None:
@@ -158,18 +166,25 @@ class Comparison:
 
     ``baseline`` is the config of the softmax baseline, ``output`` the folder of the comparison;
     ``opts`` are config keys and values for all runs. With no GPUs, one process works on the CPU.
+    With a number of ``detectors``, seeds beyond it start from those detectors again, in turn.
 
     Raises:
         ConfigError: if the config is faulty, or that of stage 2.
     """
 
     def __init__(
-        self, baseline: Path, output: Path, opts: Sequence[str] = (), num_gpus: int = 0
+        self,
+        baseline: Path,
+        output: Path,
+        opts: Sequence[str] = (),
+        num_gpus: int = 0,
+        detectors: int | None = None,
     ) -> None:
         self.baseline = baseline
         self.output = output
         self.opts = tuple(opts)
         self.num_gpus = num_gpus
+        self.detectors = detectors
         self._base = self._read(None)
         if self._base.STAGE2.ENABLED:
             raise ConfigError(
@@ -199,6 +214,21 @@ class Comparison:
                 methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
         return [BASELINE, *sorted([*methods, *TRANSFORMS])]
 
+    def choose(self, names: str | None) -> list[str]:
+        """The baseline, which goes first as others start from it, and the methods that were named.
+
+        ``names`` are separated by commas; "ablations" stands for all of these, None for all
+        :meth:`methods`.
+        """
+        if names is None:
+            return self.methods()
+        chosen = []
+        for name in filter(None, map(str.strip, names.split(","))):
+            chosen += list_methods(ablations=True) if name == "ablations" else [name]
+        if not chosen:
+            raise ConfigError(f"--methods names none; there are {', '.join(self.methods())}.")
+        return list(dict.fromkeys([BASELINE, *chosen]))
+
     def run(self, method: str, seed: int) -> MethodRun:
         """A run of one of :meth:`methods`, or of anything else that ``--method`` takes.
 
@@ -227,6 +257,7 @@ class Comparison:
         return MethodRun(
             method=name,
             seed=seed,
+            detector=self.detector_seed(seed),
             overlay=overlay,
             settings=settings,
             kind=kind,
@@ -236,9 +267,26 @@ class Comparison:
             folder=self._folder(name, seed),
         )
 
+    def runs(self, methods: Sequence[str], seeds: int) -> list[MethodRun]:
+        """Runs of all methods, seed by seed.
+
+        The baseline, and methods that train nothing, have one for each detector.
+        """
+        runs = [self.run(method, seed) for seed in range(1, seeds + 1) for method in methods]
+        for_each_seed = {Kind.TRAIN, Kind.FIT}
+        return [
+            run
+            for run in runs
+            if run.seed == run.detector or (run.method != BASELINE and run.kind in for_each_seed)
+        ]
+
     def detector(self, seed: int) -> Path:
-        """Checkpoint of the baseline of a seed."""
-        return self._folder(BASELINE, seed) / _FINAL
+        """Checkpoint of the baseline that runs of a seed start from."""
+        return self._folder(BASELINE, self.detector_seed(seed)) / _FINAL
+
+    def detector_seed(self, seed: int) -> int:
+        """The seed of that baseline."""
+        return seed if self.detectors is None else (seed - 1) % self.detectors + 1
 
     def make(self, run: MethodRun, execute: Callable[[list[str], Path], float]) -> None:
         """Train or fit what a run lacks, and evaluate it; an interrupted run is resumed.
@@ -246,13 +294,56 @@ class Comparison:
         The baseline of its seed must be complete if it starts there. ``execute`` runs a command,
         logs to a file, and returns the seconds that it took.
         """
+        self._make_model(run, execute)
+        execute(self.commands(run)[1], run.folder / "console.txt")
+
+    def make_all(
+        self,
+        runs: Sequence[MethodRun],
+        execute: Callable[[list[str], Path], float],
+        report: Callable[[MethodRun, str], None] = lambda run, state: None,
+    ) -> None:
+        """Make all runs that are not complete; classifiers of one detector are evaluated together.
+
+        Args:
+            runs: seed by seed, the baseline first.
+            execute: as for :meth:`make`.
+            report: is told of each run what is done about it.
+        """
+        for seed, of_seed in itertools.groupby(runs, key=lambda run: run.seed):
+            waiting = []
+            for run in of_seed:
+                if run.is_complete:
+                    unrecorded = ", of data and a detector that were not recorded"
+                    report(run, f"complete{'' if run.is_recorded else unrecorded}")
+                    continue
+                report(run, run.kind.value)
+                if run.kind is Kind.TRAIN:
+                    self.make(run, execute)
+                    continue
+                # A model that was left without an evaluation is not made again.
+                if not run.is_made:
+                    self._make_model(run, execute)
+                waiting.append(run)
+            if waiting:
+                log = self.output / f"evaluation_seed{seed}.txt"
+                execute(self._evaluation_command(waiting), log)
+
+    def _make_model(self, run: MethodRun, execute: Callable[[list[str], Path], float]) -> None:
         write_json(run.settings_file, run.record())
-        making, evaluating = self.commands(run)
-        log = run.folder / "console.txt"
+        making, _ = self.commands(run)
         if making:
             before = run.durations()
-            write_json(run.durations_file, [*before, round(execute(making, log), 1)])
-        execute(evaluating, log)
+            seconds = execute(making, run.folder / "console.txt")
+            write_json(run.durations_file, [*before, round(seconds, 1)])
+
+    def _evaluation_command(self, runs: Sequence[MethodRun]) -> list[str]:
+        """What evaluates classifiers of the same detector."""
+        arguments = ["--config-file", str(self.baseline), "--num-gpus", str(self.num_gpus)]
+        for run in runs:
+            weights = run.weights if run.kind is Kind.EVALUATE else run.checkpoint
+            arguments += ["--run", run.overlay or BASELINE, str(weights), str(run.folder)]
+        return bags_d2_command("evaluate", *arguments, *self.opts)
 
     def commands(self, run: MethodRun) -> tuple[list[str] | None, list[str]]:
         """The commands that make the model of a run (None: it has none) and evaluate it."""
@@ -265,18 +356,21 @@ class Comparison:
         if run.kind is Kind.TRAIN:
             # Evaluated separately, so that the time of training is that of training.
             no_test = ["DATASETS.TEST", "()"]
-            make = _command("train_net.py", *common, "--resume", *opts, *start, *no_test)
+            make = bags_d2_command("train", *common, "--resume", *opts, *start, *no_test)
         elif run.kind is Kind.FIT:
-            cache = ["--cache", str(self.output / "features" / f"seed{run.seed}")]
-            make = _command("tools/fit_classifier.py", *common, *cache, *opts, *start)
+            cache = [
+                "--cache",
+                str(self.output / "features" / f"seed{self.detector_seed(run.seed)}"),
+            ]
+            make = bags_d2_command("fit", *common, *cache, *opts, *start)
         elif run.kind is Kind.TRANSFORM:
             files = ["--input", run.weights, "--output", weights]
             arguments = [*files, *TRANSFORMS[run.method], *config]
-            make = _command("tools/normalize_classifier.py", *arguments)
+            make = bags_d2_command("normalize", *arguments)
         else:
             weights = run.weights
         test = ["--eval-only", *opts, "MODEL.WEIGHTS", weights]
-        return make, _command("train_net.py", *common, *test)
+        return make, bags_d2_command("train", *common, *test)
 
     def _folder(self, method: str, seed: int) -> Path:
         return self.output / method / f"seed{seed}"
@@ -301,10 +395,6 @@ def _kind_of(cfg: CfgNode) -> tuple[Kind, str]:
         return Kind.TRAIN, "a part"
     cascade = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) and "Cascade" in cfg.MODEL.ROI_HEADS.NAME
     return Kind.TRAIN if cascade else Kind.FIT, "classifier"
-
-
-def _command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(_ROOT / script), *arguments]
 
 
 def _load(path: Path, default: dict | list):

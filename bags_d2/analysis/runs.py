@@ -176,7 +176,7 @@ def read_run(
         what = f"of '{dataset}' " if dataset else ""
         raise MissingFileError(
             f"'{folder}' has no {task} evaluation {what}({pattern}); run "
-            "train_net.py --eval-only with this OUTPUT_DIR."
+            "bags-d2 train --eval-only with this OUTPUT_DIR."
         )
     if len(paths) > 1:
         found = ", ".join(path.parent.name for path in paths)

@@ -2,6 +2,8 @@
 
 from .defaults import add_bags_config
 from .files import (
+    BASELINE,
+    CONFIGS,
     find_config,
     list_methods,
     merge_config_file,
@@ -12,6 +14,8 @@ from .files import (
 from .renamed import current_name, former_names, long_tail, rename_keys, rename_options
 
 __all__ = [
+    "BASELINE",
+    "CONFIGS",
     "add_bags_config",
     "current_name",
     "find_config",

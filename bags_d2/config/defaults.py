@@ -14,6 +14,10 @@ def add_bags_config(cfg: CfgNode) -> None:
     Args:
         cfg: a config made by ``detectron2.config.get_cfg()``.
     """
+    from .. import _register
+
+    _register()  # the names that a config may hold
+
     # The classifier of the RoI heads, from ROI_BOX_PREDICTOR_REGISTRY. "FastRCNNOutputLayers" is
     # Detectron2's own (softmax, or sigmoid by MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE).
     cfg.MODEL.ROI_BOX_PREDICTOR = CfgNode()

@@ -16,6 +16,7 @@ from ..utils.files import load_yaml
 from .renamed import rename_keys
 
 __all__ = [
+    "BASELINE",
     "find_config",
     "list_methods",
     "merge_config_file",
@@ -27,7 +28,7 @@ __all__ = [
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
 
 _BASE = "_BASE_"
-_BASELINE = "baseline"
+BASELINE = "baseline"
 _METHODS, _ABLATIONS = "methods", "ablations"
 # What a name may end in, and the method that is then laid over the one it begins with.
 _SUFFIXES = {"classifier": "softmax_retrained", "RFS": "rfs", "AP_fixed": "ap_fixed"}
@@ -50,11 +51,20 @@ def find_config(path: str) -> tuple[str, tuple[str, ...]]:
     """The file that a path stands for, and the methods that its name lays over that file.
 
     Where there is no such file, ``lvis_seesaw_R50.yaml`` is ``lvis_baseline_R50.yaml`` with the
-    method ``seesaw``, and a file that used to be in this place is found where it is now.
+    method ``seesaw``, and a file that used to be in this place is found where it is now. What the
+    present folder lacks is looked for among the configs of this package.
 
     Returns:
         A path and methods. They are ``path`` itself and none if nothing fits.
     """
+    found = _find_config(path)
+    if os.path.isfile(found[0]) or os.path.isabs(path) or "://" in path:
+        return found
+    packaged = _find_config(str(CONFIGS / path.removeprefix("configs/")))
+    return packaged if os.path.isfile(packaged[0]) else found
+
+
+def _find_config(path: str) -> tuple[str, tuple[str, ...]]:
     folder, name = os.path.split(path)
     stem, extension = os.path.splitext(name)
     if "://" in path or os.path.isfile(path) or extension != ".yaml":
@@ -64,17 +74,17 @@ def find_config(path: str) -> tuple[str, tuple[str, ...]]:
     for place in (os.path.join(folder, subfolder) for subfolder in _DATASET_FOLDERS):
         if os.path.isfile(os.path.join(place, name)):
             return os.path.join(place, name), ()
-        for baseline in sorted(Path(place).glob(f"*{_BASELINE}*.yaml")):
-            before, after = baseline.stem.split(_BASELINE, 1)
+        for baseline in sorted(Path(place).glob(f"*{BASELINE}*.yaml")):
+            before, after = baseline.stem.split(BASELINE, 1)
             method = stem.removeprefix(before).removesuffix(after)
             if stem == f"{before}{method}{after}" and _files_of_method(method):
                 return os.path.join(place, baseline.name), (method,)
     if stem.endswith("_AP_fixed"):
-        file, methods = find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
+        file, methods = _find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
         if os.path.isfile(file):
             return file, (*methods, "AP_fixed")
     if os.path.basename(folder) in _FORMER_FOLDERS:
-        found = find_config(os.path.join(os.path.dirname(folder), name))
+        found = _find_config(os.path.join(os.path.dirname(folder), name))
         if os.path.isfile(found[0]):
             return found
     return path, ()
@@ -89,8 +99,8 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
 
     Args:
         path: see :func:`find_config`, or a URL that Detectron2's PathManager knows. Its ``_BASE_``
-            is one path or a list; each is absolute, from the home folder (``~``) or relative to
-            the file.
+            is one path or a list; each is absolute, from the home folder (``~``), relative to the
+            file, or the name of a config of this package.
         method: what to lay over the file: a name of :func:`list_methods`, followed by
             "_classifier" if only the classifier is to train, or the path of a YAML.
 
@@ -138,7 +148,7 @@ def run_name(config: str, method: str | None) -> str:
     if not method:
         return config
     method = Path(method).stem if method.endswith(".yaml") else method
-    return config.replace(_BASELINE, method, 1) if _BASELINE in config else f"{config}_{method}"
+    return config.replace(BASELINE, method, 1) if BASELINE in config else f"{config}_{method}"
 
 
 def scale_schedule(cfg: CfgNode) -> None:
@@ -179,9 +189,12 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     baseline_dir = None
     for base in bases:
+        named = base
         if "://" not in base:
             base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         file, methods = find_config(base)
+        if not os.path.isfile(file) and os.path.isfile(find_config(named)[0]):
+            file, methods = find_config(named)
         within = (*above, os.path.realpath(path))
         update = _read_with_bases(file, within)
         for method in methods:

@@ -51,7 +51,7 @@ class ClassStatistics:
 
     @classmethod
     def from_training_set(
-        cls, cfg: CfgNode, tolerated: type[Exception] = FileNotFoundError
+        cls, cfg: CfgNode, tolerated: type[Exception] | tuple[()] = FileNotFoundError
     ) -> "ClassStatistics":
         """Those of ``DATASETS.TRAIN``, unknown where reading them raises what is ``tolerated``.
 
@@ -89,7 +89,7 @@ class ClassStatistics:
         if not valid:
             raise DataError(
                 "The checkpoint's 'classes' must hold lists 'names' and 'training_instances' (or "
-                "null); publish it again with tools/publish_checkpoint.py."
+                "null); publish it again with bags-d2 publish."
             )
         return cls(_tuple(names), _tuple(counts))
 

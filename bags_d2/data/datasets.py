@@ -40,7 +40,7 @@ _DETECTRON2_LOADERS = {
 _SOURCES = {
     "lvis": "download it from https://www.lvisdataset.org/dataset",
     "coco": "download it from https://cocodataset.org/#download",
-    "glyphs": "build it with 'python datasets/prepare_glyphs.py {preset}'",
+    "glyphs": "build it with 'bags-d2 prepare glyphs {preset}'",
 }
 
 

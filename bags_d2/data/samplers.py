@@ -207,7 +207,9 @@ def _scarcity(records: Sequence[dict], threshold: float) -> dict[int, float]:
 def _greatest_of_image(
     records: Sequence[dict], of_class: dict[int, float], empty: float
 ) -> torch.Tensor:
-    return torch.tensor([max((of_class[c] for c in _classes_of(r)), default=empty) for r in records])
+    return torch.tensor(
+        [max((of_class[c] for c in _classes_of(r)), default=empty) for r in records]
+    )
 
 
 def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:

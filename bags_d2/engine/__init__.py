@@ -5,14 +5,13 @@ from .evaluate import evaluate_classifiers, load_for_evaluation
 from .freezing import select_trainable_params
 from .launch import launch, process_count
 from .predictor import LongTailPredictor
-from .setup import argument_parser, check_files, log_changed_settings, setup_cfg
+from .setup import check_files, log_changed_settings, setup_cfg
 from .trainer import BAGSTrainer
 
 __all__ = [
     "BAGSTrainer",
     "LongTailCheckpointer",
     "LongTailPredictor",
-    "argument_parser",
     "check_files",
     "evaluate_classifiers",
     "launch",

@@ -1,6 +1,5 @@
 """Evaluation of checkpoints, and of many classifiers of one detector in a single pass."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
@@ -55,22 +55,25 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
             shared = SharedDetector(model)
         elif difference := _difference(shared.model, model):
             raise ConfigError(
-                f"'{cfg.MODEL.WEIGHTS}' and '{cfgs[0].MODEL.WEIGHTS}' differ in '{difference}', not "
-                "in the classifier alone; evaluate them one by one with --eval-only."
+                f"'{cfg.MODEL.WEIGHTS}' and '{cfgs[0].MODEL.WEIGHTS}' differ in '{difference}', "
+                "not in the classifier alone; evaluate them one by one with --eval-only."
             )
         predictors.append(model.roi_heads.box_predictor)
         evaluators.append(BAGSTrainer.build_evaluators(cfg, model))
-        (Path(cfg.OUTPUT_DIR) / "inference" / "results.json").unlink(missing_ok=True)
+        if comm.is_main_process():
+            _results_file(cfg).unlink(missing_ok=True)
     shared.predictors = nn.ModuleList(predictors)
     results = [{} for _ in cfgs]
     for i, name in enumerate(cfgs[0].DATASETS.TEST):
         each = _EachEvaluator([of_model[i] for of_model in evaluators])
         loader = BAGSTrainer.build_test_loader(cfgs[0], name)
-        for found, measures in zip(results, inference_on_dataset(shared, loader, each), strict=True):
+        for found, measures in zip(
+            results, inference_on_dataset(shared, loader, each), strict=True
+        ):
             found[name] = measures
     for cfg, found in zip(cfgs, results, strict=True):
-        path = os.path.join(cfg.OUTPUT_DIR, "inference", "results.json")
-        write_json(path, found[name] if len(found) == 1 else found)
+        if comm.is_main_process():
+            write_json(_results_file(cfg), found[name] if len(found) == 1 else found)
 
 
 class SharedDetector(nn.Module):
@@ -148,6 +151,10 @@ class _EachEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> list[dict]:
         return [evaluator.evaluate() for evaluator in self.evaluators]
+
+
+def _results_file(cfg: CfgNode) -> Path:
+    return Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
 
 
 def _difference(shared: nn.Module, model: nn.Module) -> str | None:

@@ -31,7 +31,7 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
 
     Args:
         main: what to run; a function that can be pickled.
-        args: of ``detectron2.engine.default_argument_parser``.
+        args: of ``bags-d2 train``, or of Detectron2's parser.
         main_args: arguments of ``main``; None is ``(args,)``.
 
     Raises:
@@ -49,6 +49,8 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
         raise ConfigError(
             f"--num-gpus is {args.num_gpus} but this machine has {torch.cuda.device_count()}."
         )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--num-machines needs --dist-url tcp://HOST:PORT, of machine 0.")
     try:
         engine.launch(
             main,

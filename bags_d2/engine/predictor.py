@@ -15,6 +15,7 @@ from .. import model_zoo
 from ..checkpoint import LongTailCheckpointer
 from ..config import find_config, run_name
 from ..data.class_statistics import ClassStatistics
+from ..data.datasets import register_from_config
 from ..errors import ConfigError, DataError, MissingFileError
 from .setup import check_device, setup_cfg
 
@@ -49,6 +50,7 @@ class LongTailPredictor(DefaultPredictor):
             ConfigError: if it does not fit the model.
         """
         check_device(cfg)
+        register_from_config(cfg.DATASETS.REGISTER)
         unloaded = cfg.clone()
         unloaded.defrost()
         unloaded.MODEL.WEIGHTS = ""  # the parent's checkpointer goes on without missing weights
@@ -103,7 +105,7 @@ class LongTailPredictor(DefaultPredictor):
                 training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
             opts: further config keys and values.
             device: None is the config's, or the CPU where there is no CUDA device.
-            method: what to lay over the config, as ``--method`` of train_net.py.
+            method: what to lay over the config, as ``--method`` of ``bags-d2 train``.
 
         Raises:
             MissingFileError: if there is no such config, method or checkpoint.
@@ -135,7 +137,7 @@ def _trained_weights(cfg: CfgNode, config_file: str, method: str | None) -> str:
         raise MissingFileError(
             f"No trained checkpoint of '{config_file}'{f' with {method}' if method else ''}: "
             f"'{trained}' does not exist; name one "
-            "(MODEL.WEIGHTS), or train with train_net.py."
+            "(MODEL.WEIGHTS), or train with bags-d2 train."
         ) from None
 
 

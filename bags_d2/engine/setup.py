@@ -12,12 +12,13 @@ import yaml
 from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
+from detectron2.engine import default_setup
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils.file_io import PathManager
 
 from ..config import (
+    CONFIGS,
     add_bags_config,
     find_config,
     merge_config_file,
@@ -33,12 +34,12 @@ from ..utils.files import load_yaml
 from ..utils.settings import select_config
 
 __all__ = [
-    "argument_parser",
     "check_device",
     "check_files",
     "check_settings",
     "log_changed_settings",
     "setup_cfg",
+    "setup_run",
 ]
 
 logger = logging.getLogger(__name__)
@@ -71,22 +72,12 @@ _NOT_RESUMED = {
 }
 
 
-def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's ``default_argument_parser`` with ``--method``."""
-    parser = default_argument_parser(epilog)
-    parser.add_argument(
-        "--method",
-        help="what to lay over the config: a name in configs/methods or configs/ablations, "
-        "NAME_classifier to train its classifier alone, or the path of a YAML",
-    )
-    return parser
-
-
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """Read ``args.config_file``, merge ``args.opts`` and register ``DATASETS.REGISTER``.
 
     Args:
-        args: of :func:`argument_parser`, or of Detectron2's, which names no method.
+        args: of ``bags-d2 train``, or of Detectron2's parser, which names no method. A config that
+            the present folder lacks is looked for among those of this package.
 
     Returns:
         A frozen config.
@@ -118,9 +109,19 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         raise ConfigError(
             f"Config '{path}' with options {opts}: {' '.join(str(error).split())}"
         ) from None
+    weights = cfg.MODEL.WEIGHTS
+    if weights.startswith("checkpoints/") and not os.path.exists(weights):
+        # Carried by this package, and written relative to the root of a source checkout.
+        cfg.MODEL.WEIGHTS = str(CONFIGS.parent / weights)
     register_from_config(cfg.DATASETS.REGISTER)
     cfg.freeze()
     return cfg
+
+
+def setup_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Detectron2's ``default_setup``, which opens the config file, for a config of any name."""
+    changes = {"config_file": find_config(args.config_file)[0]}
+    default_setup(cfg, argparse.Namespace(**{"eval_only": False, **vars(args), **changes}))
 
 
 def check_files(
@@ -287,4 +288,4 @@ def _how_to_make(cfg: CfgNode) -> str:
         stage_1 = "train stage 1 first (the baseline's config without the method), or "
         return f"; {stage_1 if cfg.STAGE2.ENABLED else ''}correct the path"
     method = f" --method {methods[0]}" if methods else ""
-    return f"; train stage 1 first: python train_net.py --config-file {config}{method} --num-gpus 8"
+    return f"; train stage 1 first: bags-d2 train --config-file {config}{method} --num-gpus 8"

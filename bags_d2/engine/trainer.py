@@ -23,6 +23,7 @@ from torch import nn
 from ..checkpoint import LongTailCheckpointer
 from ..data.build import test_records, training_records
 from ..data.class_statistics import ClassStatistics
+from ..data.datasets import register_from_config
 from ..data.loader import LongTailDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
 from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
@@ -84,7 +85,11 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model, with all frozen but ``MODEL.TRAINABLE_PARAMS``."""
+        """The model, with all frozen but ``MODEL.TRAINABLE_PARAMS``.
+
+        The first step of training as of evaluation, so ``DATASETS.REGISTER`` takes effect here.
+        """
+        register_from_config(cfg.DATASETS.REGISTER)
         model = super().build_model(cfg)
         if cfg.MODEL.TRAINABLE_PARAMS:
             select_trainable_params(model, cfg.MODEL.TRAINABLE_PARAMS)

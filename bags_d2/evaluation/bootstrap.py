@@ -1,8 +1,8 @@
 """Confidence intervals of AP: the bootstrap over images.
 
-Images are drawn with replacement, as many as there are, and AP is computed anew. With the same draws
-for two models (a seed and a number of images decide them) their difference is *paired*: what makes
-some images hard for both cancels out.
+Images are drawn with replacement, as many as there are, and AP is computed anew. With the same
+draws for two models (a seed and a number of images decide them) their difference is *paired*: what
+makes some images hard for both cancels out.
 
 Shapes: B draws, N images, C evaluated categories, T IoU thresholds, D detections of a category.
 """

@@ -135,7 +135,7 @@ def read_settings(folder: Path) -> Settings:
         settings = load_json(path)
     except MissingFileError:
         raise MissingFileError(
-            f"'{folder}' is not a feature cache; make one with tools/fit_classifier.py, or name "
+            f"'{folder}' is not a feature cache; make one with bags-d2 fit, or name "
             "another with --cache."
         ) from None
     except DataError:
@@ -267,7 +267,7 @@ def write_shard(
     if not all(np.isfinite(x).all() for x in features):
         raise DataError(
             f"Box features for '{shard.path}' are not finite in float16; check MODEL.WEIGHTS, or "
-            "train with train_net.py."
+            "use bags-d2 train."
         )
     arrays = {
         "features": np.concatenate(features),
@@ -326,13 +326,13 @@ def _open_array(path: Path, dtype: type, ndim: int) -> np.ndarray:
 
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(
-        f"'{path}' is damaged ({what}); delete '{path.parent}' and run tools/fit_classifier.py "
+        f"'{path}' is damaged ({what}); delete '{path.parent}' and run bags-d2 fit "
         "again, which computes it again."
     )
 
 
 def _remedy(folder: Path) -> str:
-    return f"delete '{folder}' and run tools/fit_classifier.py again, or name another with --cache."
+    return f"delete '{folder}' and run bags-d2 fit again, or name another with --cache."
 
 
 def _image_version(record: dict) -> tuple[str, int, int]:

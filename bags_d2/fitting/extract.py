@@ -119,7 +119,7 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
             f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' in MODEL.META_ARCHITECTURE "
             f"'{cfg.MODEL.META_ARCHITECTURE}' with MODEL.PROPOSAL_GENERATOR.NAME "
             f"'{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' cannot be fitted from cached features, only "
-            "LongTailROIHeads with proposals of its own can; use train_net.py."
+            "LongTailROIHeads with proposals of its own can; use bags-d2 train."
         )
     prefix = "roi_heads.box_predictor."
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
             raise ConfigError(
                 f"MODEL.TRAINABLE_PARAMS {tuple(cfg.MODEL.TRAINABLE_PARAMS)} trains '{name}', but "
                 "cached features serve the classifier alone; set it to "
-                "('roi_heads.box_predictor*cls_score.*',) or use train_net.py."
+                "('roi_heads.box_predictor*cls_score.*',) or use bags-d2 train."
             )
     new = cfg.MODEL.ROI_BOX_PREDICTOR.REINITIALIZE
     LongTailCheckpointer(model, stage2=True, new_classifier=new).load(cfg.MODEL.WEIGHTS)

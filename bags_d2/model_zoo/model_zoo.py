@@ -64,7 +64,7 @@ def get_checkpoint(config_path: str) -> str:
         carried = sorted(p.parent.name for p in _CHECKPOINTS.glob("*/model_final.pth"))
         raise MissingFileError(
             f"bags_d2 carries no checkpoint of '{config_path}', only of {', '.join(carried)}; "
-            "train one with train_net.py."
+            "train one with bags-d2 train."
         )
     return str(path)
 
@@ -87,9 +87,6 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     cfg.defrost()
     if weights:
         cfg.MODEL.WEIGHTS = weights
-    elif cfg.MODEL.WEIGHTS.startswith("checkpoints/"):
-        # Carried, and written relative to the root of a source checkout.
-        cfg.MODEL.WEIGHTS = str(_HERE / cfg.MODEL.WEIGHTS)
     return cfg
 
 

@@ -8,7 +8,7 @@ group 0 first, then every foreground group with its classes in class-id order (B
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ __all__ = ["ClassCounts", "ClassGroups"]
 
 logger = logging.getLogger(__name__)
 
-Counts = Sequence[int] | torch.Tensor
+Counts = Sequence[int] | Mapping[str, int] | torch.Tensor
 
 
 class ClassCounts(nn.Module):
@@ -179,7 +179,8 @@ class ClassGroups(ClassCounts):
         """Group classes into the half-open bins [0, t1) [t1, t2) ... [tn, inf).
 
         Args:
-            counts: K training instances (or images), whole numbers of 0 or more, in class order.
+            counts: K training instances (or images), whole numbers of 0 or more, in class order;
+                a mapping {class name: count} likewise.
             thresholds: strictly increasing positive whole numbers; empty for one single group.
 
         Returns:
@@ -266,6 +267,8 @@ class ClassGroups(ClassCounts):
 
 
 def _checked_counts(counts: Counts) -> torch.Tensor:
+    if isinstance(counts, Mapping):
+        counts = list(counts.values())
     counts = torch.as_tensor(counts).detach().cpu()
     whole = counts.dim() == 1 and counts.numel() and bool((counts == counts.long()).all())
     if not whole or bool((counts < 0).any()):

@@ -1,22 +1,28 @@
-"""Run a script as a user would, with its whole output in a file and its progress on the screen."""
+"""Run a command as a user would, with its whole output in a file and its progress on the screen."""
 
 import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BagsError
 
-__all__ = ["ProcessError", "run_logged"]
+__all__ = ["ProcessError", "bags_d2_command", "run_logged"]
 
 _PROGRESS = (" iter: ", "Inference done", "Newly init", "box features:", "Error:", "Error ")
 
 
 class ProcessError(BagsError):
-    """A script that was run ended with an error."""
+    """A command that was run ended with an error."""
+
+
+def bags_d2_command(*arguments: str) -> list[str]:
+    """What runs ``bags-d2`` with these arguments, wherever its script may be."""
+    return [sys.executable, "-m", "bags_d2", *arguments]
 
 
 def run_logged(command: Sequence[str], log: Path) -> float:

@@ -158,7 +158,7 @@ def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
         paths[-1].write_bytes(pickle.dumps({"model": model, "__author__": "zoo"}))
     counts = tmp_path / "counts.json"
     counts.write_text("[3, 30, 300, 3000]")
-    tool = [sys.executable, "tools/analyze_classifier.py", "--output", str(tmp_path / "out")]
+    tool = [sys.executable, "-m", "bags_d2", "analyze", "--output", str(tmp_path / "out")]
     root = Path(__file__).resolve().parents[2]
     command = [*tool, "--counts", str(counts), "--checkpoint", f"first={paths[0]}", *paths[1:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)

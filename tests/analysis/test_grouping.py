@@ -89,7 +89,7 @@ def test_curves_of_any_counts_are_drawn(counts, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "tools/show_groups.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "bags_d2", "groups", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -1,7 +1,6 @@
 """What runs a comparison of methods consists of, and that it goes on where it stopped."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from detectron2.data import MetadataCatalog
 
 from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
@@ -129,6 +129,32 @@ def test_an_interrupted_run_goes_on(comparison):
     assert run.is_complete
     # Of three attempts the first never ended; what the other two took is added up.
     assert run.seconds == 120.0
+
+
+def test_classifiers_of_a_detector_are_evaluated_together(comparison):
+    comparison.detectors = 1
+    runs = comparison.runs([BASELINE, "bags", "tau_norm"], 2)
+    assert [(r.method, r.seed, r.detector) for r in runs] == [
+        *((BASELINE, 1, 1), ("bags", 1, 1), ("tau_norm", 1, 1)),
+        ("bags", 2, 1),  # with its own seed; the others would be the same again
+    ]
+    states, machine = [], Machine(fails_at=5)
+    with pytest.raises(ProcessError):  # the evaluation, after two commands and one for each model
+        comparison.make_all(runs, machine, lambda run, state: states.append(state))
+    assert states == [kind.value for kind in (Kind.TRAIN, Kind.FIT, Kind.TRANSFORM)]
+    command = machine.commands[-1]
+    assert command[3] == "evaluate"
+    assert command.count("--run") == 2
+    for run in runs[1:3]:
+        at = command.index(str(run.folder))
+        assert command[at - 2 : at] == [run.overlay or BASELINE, str(run.checkpoint)]
+    # Models that were made are only evaluated.
+    for run in runs[1:3]:
+        run.checkpoint.write_bytes(b"model")
+    machine = Machine(fails_at=2)
+    with pytest.raises(ProcessError):
+        comparison.make_all(runs, machine)
+    assert [c[3] for c in machine.commands] == ["evaluate", "fit"]
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(comparison):
@@ -301,13 +327,9 @@ def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
 
 
 def compare(arguments, monkeypatch):
-    """tools/compare_methods.py in this process."""
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_methods.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", ["compare", "--config-file", str(GLYPHS), *arguments])
+    """bags-d2 compare in this process."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    tool.main()
+    run_command("compare", "--config-file", GLYPHS, *arguments)
 
 
 def test_two_comparisons_in_one_folder(tmp_path, monkeypatch):
@@ -359,7 +381,7 @@ def test_a_failing_command_is_an_error_with_its_last_words(tmp_path):
 def test_the_tool_trains_fits_and_evaluates_from_any_folder(datasets_root, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     (tmp_path / "tiny.yaml").write_text(f'_BASE_: "{ROOT}/tests/tiny.yaml"\n')
-    command = [sys.executable, str(ROOT / "tools" / "compare_methods.py")]
+    command = [sys.executable, "-m", "bags_d2", "compare"]
     command += ["--methods", "bags", "--seeds", "1"]
     command += ["--config-file", "tiny.yaml", "--output", "out"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -159,7 +159,7 @@ def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
         "DATASETS:\n  REGISTER:\n"
         f'    - ["report_val", "lvis", "{tmp_path}/annotations.json", "{tmp_path}"]\n'
     )
-    tool = [sys.executable, "tools/report.py", "--output", str(tmp_path / "r.html")]
+    tool = [sys.executable, "-m", "bags_d2", "report", "--output", str(tmp_path / "r.html")]
     command = [*tool, str(folder), "--config-file", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -208,7 +208,7 @@ def test_the_ground_truth_of_a_loader_of_ones_own(make_run):
 
 
 def _tool(*arguments):
-    command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "bags_d2", "runs", *map(str, arguments)]
     # In the C locale, whose encoding is ASCII.
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {**os.environ, **locale}

@@ -299,7 +299,7 @@ def test_the_tool_converts_checks_and_leaves_nothing_half_done(tmp_path, make_cf
     ours = tmp_path / "new" / "ours.pth"
 
     def run(source, *options):
-        command = [sys.executable, "tools/convert_mmdet_checkpoint.py", str(source), str(ours)]
+        command = [sys.executable, "-m", "bags_d2", "convert", str(source), str(ours)]
         command += ["--config-file", str(tmp_path / "config.yaml"), *options]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 

@@ -220,7 +220,7 @@ def test_a_faulty_annotation_file_is_named(tmp_path, register, content, message)
     [
         ("lvis_v0.5_train", "lvisdataset.org"),
         ("coco_2017_train", "cocodataset.org"),
-        ("glyphs_tiny_train", "datasets/prepare_glyphs.py.*glyphs_tiny"),
+        ("glyphs_tiny_train", "bags-d2 prepare glyphs.*glyphs_tiny"),
         ("birds_train", "correct the path"),
     ],
 )

@@ -1,6 +1,5 @@
-"""Killed at any moment, tools and evaluation leave what was there or what they were to write."""
+"""Killed at any moment, commands and evaluation leave what was there or what they were to write."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from detectron2.engine import default_argument_parser
 
-import train_net
+from bags_d2.engine import training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -25,23 +25,14 @@ CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 pytestmark = pytest.mark.slow
 
 
-def tool(name, *arguments):
-    """A script of tools/, in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [name, *map(str, arguments)]
-    module.main()
-
-
 def run(root, folder, *options):
-    """train_net.py on the tiny data set, in this process."""
+    """bags-d2 train on the tiny data set, in this process."""
     torch.set_num_threads(1)
     sets = [
         [f"tools_{split}", "lvis", f"{root}/annotations/glyphs_tiny_{split}.json", str(root)]
         for split in ("train", "val")
     ]
-    train_net.main(
+    training.main(
         default_argument_parser().parse_args(
             [
                 *("--config-file", str(TINY), *options),
@@ -62,7 +53,7 @@ def kill_often(target, arguments, kills, check):
     Moments are drawn up to a little more than what a run takes, so that some come to their end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bags_d2", "train_net"])
+    context.set_forkserver_preload(["bags_d2.engine.training"])
     rng = random.Random(4)
 
     def start():
@@ -90,14 +81,14 @@ def kill_often(target, arguments, kills, check):
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("name", ["publish_checkpoint", "normalize_classifier"])
+@pytest.mark.parametrize("name", ["publish", "normalize"])
 def test_a_checkpoint(name, tmp_path):
     weights = {CLASSIFIER: torch.ones(50, 1000), "x": torch.ones(10_000_000)}
     source, output = tmp_path / "in.pth", tmp_path / "out.pth"
     torch.save({"model": weights}, source)
     arguments = {
-        "publish_checkpoint": (source, output),
-        "normalize_classifier": ("--input", source, "--output", output),
+        "publish": (source, output),
+        "normalize": ("--input", source, "--output", output),
     }[name]
     seen = set()
 
@@ -108,7 +99,7 @@ def test_a_checkpoint(name, tmp_path):
         torch.save({"model": {"before": torch.ones(3)}}, output)
 
     torch.save({"model": {"before": torch.ones(3)}}, output)
-    kill_often(tool, (name, *arguments), 12, check)
+    kill_often(run_command, (name, *arguments), 12, check)
     assert "before" in seen
     assert torch.load(output, weights_only=True)["model"].keys() == weights.keys()
 
@@ -171,8 +162,8 @@ def test_a_comparison(datasets_root, tmp_path, monkeypatch):
 
     def command(output):
         flags = ["--methods", "bags,tau_norm", "--seeds", "1", "--output", str(output)]
-        script = str(ROOT / "tools" / "compare_methods.py")
-        return [sys.executable, script, "--config-file", "tiny_baseline.yaml", *flags]
+        command = [sys.executable, "-m", "bags_d2", "compare"]
+        return [*command, "--config-file", "tiny_baseline.yaml", *flags]
 
     def start(output):
         return subprocess.Popen(

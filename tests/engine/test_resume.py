@@ -7,9 +7,8 @@ import torch
 from detectron2.engine import default_argument_parser
 from torch import nn
 
-import train_net
 from bags_d2 import BagsError, BAGSTrainer, ConfigError, DataError
-from bags_d2.engine import LongTailCheckpointer, setup_cfg
+from bags_d2.engine import LongTailCheckpointer, setup_cfg, training
 
 TINY = "tests/tiny.yaml"
 
@@ -42,7 +41,7 @@ def arguments(tmp_path, datasets_root, register, request, monkeypatch):
 @pytest.fixture
 def half_way(arguments, tmp_path):
     """A run whose last checkpoint is that after two of its four steps."""
-    train_net.main(arguments("DATASETS.TEST", "()"))
+    training.main(arguments("DATASETS.TEST", "()"))
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     return arguments
 
@@ -86,10 +85,10 @@ def test_a_run_that_starts_anew_is_as_the_config_has_it(arguments):
 def test_changed_settings_are_told(half_way, log_lines):
     lines = log_lines("bags_d2.engine.setup")
     test = ("DATASETS.TEST", "()")
-    train_net.main(half_way(*test, flags=["--resume"]))
+    training.main(half_way(*test, flags=["--resume"]))
     assert lines == []
     options = ("SOLVER.BASE_LR", "0.002", "MODEL.WEIGHTS", "other.pth")
-    train_net.main(half_way(*test, *options, flags=["--resume"]))
+    training.main(half_way(*test, *options, flags=["--resume"]))
     applied, ignored = lines
     assert "in effect from here on: SOLVER.BASE_LR (0.01 -> 0.002)" in applied
     assert "not in effect in a resumed run: MODEL.WEIGHTS (its last checkpoint" in ignored
@@ -98,7 +97,7 @@ def test_changed_settings_are_told(half_way, log_lines):
 def test_an_unreadable_record_of_the_settings_is_told(half_way, tmp_path, log_lines):
     lines = log_lines("bags_d2.engine.setup")
     (tmp_path / "run" / "config.yaml").write_text("SEED: !!python/name:os.system\n")
-    train_net.main(half_way("DATASETS.TEST", "()", flags=["--resume"]))
+    training.main(half_way("DATASETS.TEST", "()", flags=["--resume"]))
     (line,) = lines
     assert "unknown" in line
     assert "config.yaml" in line
@@ -136,10 +135,10 @@ def test_a_damaged_tag_of_the_last_checkpoint(tmp_path, content):
 
 def test_evaluation_reads_no_training_annotations(arguments, tmp_path, register):
     options = ("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
-    train_net.main(arguments(*options))
+    training.main(arguments(*options))
     (tmp_path / "cut.json").write_text('{"images": [')
     cut = register("resume_cut_train", str(tmp_path / "cut.json"), str(tmp_path))
-    results = train_net.main(
+    results = training.main(
         arguments(
             *(*options, "DATASETS.TRAIN", f"('{cut}',)"),
             *("MODEL.WEIGHTS", f"{tmp_path}/run/model_final.pth"),

@@ -164,7 +164,7 @@ def test_a_missing_stage_1_checkpoint_comes_with_the_command_that_makes_it(
     with pytest.raises(
         MissingFileError,
         match=r"'output/lvis_baseline_R50/model_final\.pth' \(MODEL\.WEIGHTS\) does not exist; "
-        r"train stage 1 first: python train_net\.py --config-file configs/lvis_baseline_R50\.yaml",
+        r"train stage 1 first: bags-d2 train --config-file configs/lvis_baseline_R50\.yaml",
     ):
         check_files(cfg)
 

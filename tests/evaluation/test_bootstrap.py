@@ -38,9 +38,7 @@ def replicated(content, detections, draw):
 def class_ap(precision):
     """(C,) in percent from lvis-api's precision (T, R, C, A)."""
     precision = precision[..., 0]
-    return np.where(
-        (precision < 0).any((0, 1)), np.nan, 100 * precision.mean((0, 1))
-    )
+    return np.where((precision < 0).any((0, 1)), np.nan, 100 * precision.mean((0, 1)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,7 +89,8 @@ def test_draws_are_of_all_images_and_decided_by_the_seed():
     np.testing.assert_array_equal(draws, draw_images(50, 400, seed=3))
     assert not np.array_equal(draws, draw_images(50, 400, seed=4))
     # Of a binomial distribution of 50 draws at 1/50.
-    assert draws.mean() == 1 and draws.var() == pytest.approx(0.98, abs=0.05)
+    assert draws.mean() == 1
+    assert draws.var() == pytest.approx(0.98, abs=0.05)
 
 
 def test_measures_average_classes_and_bins_of_each_draw():

@@ -20,11 +20,11 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
 
-import train_net
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
 from bags_d2.data.build import training_records
 from bags_d2.data.samplers import epoch_order, shuffled
+from bags_d2.engine import training
 from bags_d2.errors import NonFiniteLossError
 from bags_d2.fitting.cache import FeatureCache
 from bags_d2.fitting.extract import (
@@ -213,7 +213,7 @@ def test_fitted_detector_evaluates_and_differs_in_the_classifier_alone(cfg_of, s
         options += ["OUTPUT_DIR", str(tmp_path / "eval"), "INPUT.MIN_SIZE_TEST", "64"]
         flags = ["--config-file", str(TINY), "--eval-only"]
         args = default_argument_parser().parse_args([*flags, *options])
-        assert "bAP" in train_net.main(args)["bbox"]
+        assert "bAP" in training.main(args)["bbox"]
 
 
 def test_training_lowers_the_loss(cfg_of, stage1):
@@ -285,7 +285,7 @@ def test_seeds_give_fits_of_their_own(cfg_of, stage1):
 
 
 def test_mistakes_are_named(cfg_of, stage1, tmp_path):
-    with pytest.raises(MissingFileError, match=r"tools/fit_classifier\.py"):
+    with pytest.raises(MissingFileError, match=r"bags-d2 fit"):
         fit_classifier(cfg_of(*BAGS), tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"MODEL\.RPN\.NMS_THRESH is 0.7 there and 0.5 now"):
         fit_classifier(cfg_of(*BAGS, "MODEL.RPN.NMS_THRESH", 0.5), stage1 / "cache")
@@ -359,7 +359,7 @@ def test_class_means_are_fitted_and_evaluated(cfg_of, stage1):
     arguments = ["--config-file", str(TINY), "--eval-only", *map(str, OPTIONS)]
     arguments += ["MODEL.ROI_BOX_PREDICTOR.NAME", "NearestMeanOutputLayers"]
     arguments += ["MODEL.WEIGHTS", str(path), "OUTPUT_DIR", str(path.parent)]
-    results = train_net.main(default_argument_parser().parse_args(arguments))
+    results = training.main(default_argument_parser().parse_args(arguments))
     assert "AP" in results["bbox"]
 
 

@@ -63,7 +63,7 @@ def test_what_is_no_softmax_classifier_is_refused():
 @pytest.mark.slow
 def test_the_tool_writes_a_checkpoint(tmp_path):
     baseline = ROOT / "checkpoints" / "glyphs_baseline" / "model_final.pth"
-    command = [sys.executable, str(ROOT / "tools" / "normalize_classifier.py")]
+    command = [sys.executable, "-m", "bags_d2", "normalize"]
     command += ["--input", str(baseline), "--output", str(tmp_path / "new" / "model.pth")]
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps([9, 100, 99, *[500] * 37]))

@@ -24,7 +24,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     cosines, and t is ``MODEL.ROI_BOX_PREDICTOR.TEMPERATURE``. A class without training RoIs
     scores 0.
 
-    The means come from cached features (``tools/fit_classifier.py``), not from training.
+    The means come from cached features (``bags-d2 fit``), not from training.
     ``forward`` returns K + 1 softmax logits followed by K scaled cosines.
     """
 
@@ -56,7 +56,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
     def classification_loss(self, logits: torch.Tensor, gt_classes: torch.Tensor) -> torch.Tensor:
         """Raises ConfigError: there is nothing to train."""
         raise ConfigError(
-            "NearestMeanOutputLayers is not trained: fit it with tools/fit_classifier.py, or "
+            "NearestMeanOutputLayers is not trained: fit it with bags-d2 fit, or "
             "choose another MODEL.ROI_BOX_PREDICTOR.NAME."
         )
 
@@ -65,8 +65,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
         known = self.class_means.any(dim=1)
         if not known.any():
             raise ConfigError(
-                "The checkpoint (MODEL.WEIGHTS) has no class means; fit them with "
-                "tools/fit_classifier.py."
+                "The checkpoint (MODEL.WEIGHTS) has no class means; fit them with bags-d2 fit."
             )
         softmax, cosines = at_least_float32(logits).split(
             [self.num_classes + 1, self.num_classes], dim=1

@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_formula():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ConfigError, match="is not trained: fit it with tools/fit_classifier"):
+    with pytest.raises(ConfigError, match="is not trained: fit it with bags-d2 fit"):
         make().classification_loss(torch.zeros(1, 2 * K + 1), long([0]))
     with pytest.raises(ConfigError, match=r"\(MODEL\.WEIGHTS\) has no class means"):
         make().class_probs(torch.zeros(1, 2 * K + 1))

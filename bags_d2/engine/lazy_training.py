@@ -1,10 +1,10 @@
-#!/usr/bin/env python
-"""Train or evaluate a LazyConfig (configs/lazy); flags as in Detectron2's script of this name.
+"""Training or evaluating by a LazyConfig (configs/lazy), from the command line's arguments on.
 
-The configs run with Detectron2's own script too. This one adds what its checkpointer does not
-know: which new weights are intended, and which would be a mistake.
+The configs run with Detectron2's own script too. This adds what its checkpointer does not know:
+which new weights are intended, and which would be a mistake.
 """
 
+import argparse
 import contextlib
 import weakref
 
@@ -13,29 +13,40 @@ from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
     create_ddp_model,
-    default_argument_parser,
     default_setup,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
 
-from bags_d2 import ConfigError, MissingFileError
-from bags_d2.engine import LongTailCheckpointer, launch
-from bags_d2.errors import exit_on_user_error
-from bags_d2.utils.events import default_writers
-from bags_d2.utils.files import lock_folder
+from ..checkpoint import LongTailCheckpointer
+from ..config import find_config
+from ..errors import ConfigError, MissingFileError
+from ..utils.events import default_writers
+from ..utils.files import lock_folder
+from .launch import launch
+
+__all__ = ["main", "train"]
 
 
-def test(cfg, model):
+def train(args: argparse.Namespace) -> None:
+    """``bags-d2 train`` of a config in Python: :func:`main` in every process."""
+    if args.method:
+        raise ConfigError("--method is laid over a YAML; a LazyConfig names its own classes.")
+    _load(args)
+    launch(main, args)
+
+
+def _test(cfg, model):
     evaluator = instantiate(cfg.dataloader.evaluator)
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     print_csv_format(results)
     return results
 
 
-def train(cfg, resume):
+def _train(cfg, resume):
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)  # also freezes what is not to train
@@ -55,7 +66,7 @@ def train(cfg, resume):
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
-            hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, model)),
+            hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model)),
             hooks.PeriodicWriter(
                 default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period
             )
@@ -68,40 +79,28 @@ def train(cfg, resume):
     trainer.train(start, cfg.train.max_iter)
 
 
-def load(args):
-    if not args.config_file:
-        raise ConfigError("No config was given: add --config-file configs/lazy/...py.")
+def _load(args: argparse.Namespace) -> DictConfig:
     try:
-        return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+        cfg = LazyConfig.load(find_config(args.config_file)[0])
     except FileNotFoundError:
         raise MissingFileError(f"Config file '{args.config_file}' does not exist.") from None
+    return LazyConfig.apply_overrides(cfg, args.opts)
 
 
-def main(args):
-    cfg = load(args)
+def main(args: argparse.Namespace):
+    """Train, or evaluate with ``args.eval_only``, in this process."""
+    cfg = _load(args)
     # A checkpoint may be evaluated while the training goes on.
     is_locked = comm.is_main_process() and not args.eval_only
     with lock_folder(cfg.train.output_dir) if is_locked else contextlib.nullcontext():
-        return run(cfg, args)
+        return _run(cfg, args)
 
 
-def run(cfg, args):
+def _run(cfg, args):
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="bags_d2")
     if not args.eval_only:
-        return train(cfg, args.resume)
+        return _train(cfg, args.resume)
     model = instantiate(cfg.model).to(cfg.train.device)
     LongTailCheckpointer(model, evaluating=True).load(cfg.train.init_checkpoint)
-    return test(cfg, create_ddp_model(model))
-
-
-if __name__ == "__main__":
-    parser = default_argument_parser()
-    parser.description = (
-        "Train or evaluate a LazyConfig. Such a config is a Python program, which is run: use none "
-        "that you have not read. YAMLs, for train_net.py, are data."
-    )
-    args = parser.parse_args()
-    with exit_on_user_error():
-        load(args)
-        launch(main, args)
+    return _test(cfg, create_ddp_model(model))

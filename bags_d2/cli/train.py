@@ -1,0 +1,32 @@
+"""Train or evaluate a detector.
+
+Flags are those of Detectron2's train_net.py, and --method. A config that ends in .py is a
+LazyConfig, whose options are written key=value: it is a Python program, which is run, so use none
+that you have not read. YAMLs are data.
+
+Example:
+    bags-d2 train --config-file configs/lvis_baseline_R50.yaml --method seesaw --num-gpus 8
+    bags-d2 train --config-file configs/lvis_bags_R50.yaml --eval-only MODEL.WEIGHTS model.pth
+"""
+
+import argparse
+
+from .flags import add_config_flags, add_launch_flags, add_trailing_options
+
+INTERRUPTED = "Run the same command with --resume to go on from the last checkpoint."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT_DIR stopped")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    add_launch_flags(parser)
+    add_trailing_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.config_file.endswith(".py"):
+        from ..engine.lazy_training import train
+    else:
+        from ..engine.training import train
+    train(args)
