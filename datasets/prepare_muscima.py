@@ -4,7 +4,7 @@
 The pages are redrawn from the pixel masks in the annotation files, at half size; no other download
 is needed. Get the annotations (MUSCIMA++ 1.0, Hajic jr. and Pecina, ICDAR 2017; CC BY-NC-SA 4.0) by
 
-    git clone --depth 1 --branch v1.0 https://github.com/OMR-Research/muscima-pp
+    git clone --depth 1 https://github.com/OMR-Research/muscima-pp
 
 and give the folder to this script. The result is in COCO format: 107 classes, 2,961 training and
 709 validation tiles of 256 pixels, split by page.
@@ -28,9 +28,10 @@ from tqdm import tqdm
 from bags_d2.errors import DataError, MissingFileError, exit_on_user_error
 from bags_d2.utils.files import write_atomically, write_json
 
-# Objects are annotated by hand; the staff, paper rather than symbols, was added by a program.
-OBJECTS, STAFF = "cropobjects_manual", "cropobjects_withstaff"
-STAFF_LINE = "staff_line"
+ANNOTATIONS = Path("v1.0", "data", "cropobjects_withstaff")
+# The staff is paper rather than symbols; its lines are drawn all the same.
+STAFF = ("staff", "staff_space", "staff_line")
+DRAWN_STAFF = "staff_line"
 
 MARGINS = (40, 60)  # pixels of a page before its first object, and after its last
 TILE, OVERLAP = 256, 16  # pixels of the page at half size
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder of the repository muscima-pp, v1.0")
+    parser.add_argument("source", type=Path, help="folder of the repository muscima-pp")
     parser.add_argument(
         "--output",
         type=Path,
@@ -86,11 +87,11 @@ def build(source: Path, output: Path) -> None:
         MissingFileError: if the source lacks the annotation files.
         DataError: if one of them is damaged.
     """
-    pages = sorted((source / "data" / OBJECTS).glob("*.xml"))
+    pages = sorted((source / ANNOTATIONS).glob("*.xml"))
     if not pages:
         raise MissingFileError(
-            f"There is no data/{OBJECTS}/*.xml in '{source}'; get it with git clone --depth 1 "
-            "--branch v1.0 https://github.com/OMR-Research/muscima-pp"
+            f"There is no {ANNOTATIONS}/*.xml in '{source}'; get it with git clone --depth 1 "
+            f"{INFO['url']}"
         )
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -134,35 +135,34 @@ def read_page(path: Path) -> list[Symbol]:
             symbols.append(Symbol(name, top, left, mask))
     except (ElementTree.ParseError, OSError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"'{path}' is damaged or of another version ({error}); get v1.0 again."
+            f"'{path}' is damaged or of another version ({error}); get it again."
         ) from None
     return symbols
 
 
-def draw_page(objects: Sequence[Symbol], staff: Sequence[Symbol]) -> tuple[np.ndarray, int, int]:
-    """A page at half size, dark on white; top and left of its full size in the file's pixels.
-
-    Of ``staff``, which counts for the size of the page, only the lines are drawn.
-    """
+def draw_page(symbols: Sequence[Symbol]) -> tuple[np.ndarray, int, int]:
+    """A page at half size, dark on white; top and left of its full size in the file's pixels."""
     before, after = MARGINS
-    symbols = [*objects, *staff]
     top = min(s.top for s in symbols) - before
     left = min(s.left for s in symbols) - before
     bottom = max(s.top + s.mask.shape[0] for s in symbols) + after
     right = max(s.left + s.mask.shape[1] for s in symbols) + after
     page = np.full((bottom - top, right - left), 255, dtype=np.uint8)
-    for s in (*objects, *(s for s in staff if s.name == STAFF_LINE)):
-        y, x = s.top - top, s.left - left
-        page[y : y + s.mask.shape[0], x : x + s.mask.shape[1]][s.mask > 0] = 0
+    for s in symbols:
+        if s.name not in STAFF or s.name == DRAWN_STAFF:
+            y, x = s.top - top, s.left - left
+            page[y : y + s.mask.shape[0], x : x + s.mask.shape[1]][s.mask > 0] = 0
     return cv2.resize(page, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), top, left
 
 
 def cut_page(folder: Path, path: Path) -> list[tuple[str, list[dict]]]:
     """Write the tiles of a page that show an object; their names and annotations."""
     symbols = read_page(path)
-    page, top, left = draw_page(symbols, read_page(path.parents[1] / STAFF / path.name))
+    page, top, left = draw_page(symbols)
     objects = []
     for s in symbols:
+        if s.name in STAFF:
+            continue
         height, width = s.mask.shape
         y, x = s.top - top, s.left - left
         box = np.array([x, y, x + width, y + height]) / 2
@@ -182,7 +182,7 @@ def cut_page(folder: Path, path: Path) -> list[tuple[str, list[dict]]]:
 
 
 def outline(mask: np.ndarray, box: np.ndarray) -> list[np.ndarray]:
-    """Simplified outer contours of a mask, (points, 2) at half size; else the corners of the box."""
+    """Simplified outer contours of a mask, (points, 2) at half size; or else the box."""
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     simple = [cv2.approxPolyDP(contour, OUTLINE_TOLERANCE, True)[:, 0] for contour in contours]
     polygons = [box[:2] + contour / 2 for contour in simple if len(contour) >= 3]

@@ -5,9 +5,11 @@ and nothing of the detector or the data, so that it can be laid over any baselin
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
 
@@ -35,6 +37,12 @@ _SUFFIXES = {"classifier": "softmax_retrained", "RFS": "rfs", "AP_fixed": "ap_fi
 # Where files of version 0.4, which stood side by side, are now.
 _DATASET_FOLDERS = ("", "lvis_v0.5", "coco", "glyphs")
 _FORMER_FOLDERS = (_ABLATIONS, "glyphs_lvis")
+_FORMER_METHODS = (
+    (re.compile(r"(.+)_beta_all"), r"\1+MODEL.BAGS.OTHERS_SAMPLE_RATIO=.inf"),
+    (re.compile(r"(.+)_beta([0-9]+)"), r"\1+MODEL.BAGS.OTHERS_SAMPLE_RATIO=\2.0"),
+    (re.compile(r"(.+)_beta([0-9.]+)"), r"\1+MODEL.BAGS.OTHERS_SAMPLE_RATIO=\2"),
+    (re.compile(r"(.+)_normalized"), r"\1+cosine"),
+)
 _FORMER_FILES = {
     "Base-BAGS.yaml": f"{_METHODS}/bags.yaml",
     "Base-AP-fixed.yaml": f"{_METHODS}/ap_fixed.yaml",
@@ -77,7 +85,7 @@ def _find_config(path: str) -> tuple[str, tuple[str, ...]]:
         for baseline in sorted(Path(place).glob(f"*{BASELINE}*.yaml")):
             before, after = baseline.stem.split(BASELINE, 1)
             method = stem.removeprefix(before).removesuffix(after)
-            if stem == f"{before}{method}{after}" and _files_of_method(method):
+            if stem == f"{before}{method}{after}" and _parts_of_method(method):
                 return os.path.join(place, baseline.name), (method,)
     if stem.endswith("_AP_fixed"):
         file, methods = _find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
@@ -101,8 +109,8 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
         path: see :func:`find_config`, or a URL that Detectron2's PathManager knows. Its ``_BASE_``
             is one path or a list; each is absolute, from the home folder (``~``), relative to the
             file, or the name of a config of this package.
-        method: what to lay over the file: a name of :func:`list_methods`, followed by
-            "_classifier" if only the classifier is to train, or the path of a YAML.
+        method: what to lay over the file, joined by "+": names of :func:`list_methods`, followed
+            by "_classifier" if only the classifier is to train, paths of YAMLs, and ``KEY=value``.
 
     Raises:
         MissingFileError: if the file, a ``_BASE_`` or the method does not exist.
@@ -175,6 +183,37 @@ def _files_of_method(name: str) -> list[str]:
     return []
 
 
+def _parts_of_method(name: str) -> list[str]:
+    """The files and the ``KEY=value`` that a method consists of; [] if there is no such method."""
+    parts = []
+    for part in [name] if name.endswith(".yaml") else name.split("+"):
+        files = [part] if "=" in part else _files_of_method(part)
+        if not files:
+            for former, current in _FORMER_METHODS:
+                if former.fullmatch(part):
+                    files = _parts_of_method(former.sub(current, part))
+                    break
+        if not files:
+            return []
+        parts += files
+    return parts
+
+
+def _inline(part: str) -> dict[str, Any]:
+    """The content of a config for ``KEY=value``."""
+    key, _, text = part.partition("=")
+    try:
+        content: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"--method: the value of '{part}' cannot be read; write it as in YAML."
+        ) from None
+    for name in reversed(key.split(".")):
+        content = {name: content}
+    rename_keys(content)
+    return content
+
+
 def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     if os.path.realpath(path) in above:
         raise ConfigError(f"'{path}' is its own {_BASE}; remove that line.")
@@ -207,14 +246,17 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _lay_method(name: str, content: dict, baseline_dir: str, above: tuple[str, ...] = ()) -> None:
-    files = _files_of_method(name)
-    if not files:
+    parts = _parts_of_method(name)
+    if not parts:
         known = ", ".join([*list_methods(), *list_methods(ablations=True)])
         raise MissingFileError(
-            f"There is no method '{name}'; name the path of a YAML, or one of {known}."
+            f"There is no method '{name}'; name the path of a YAML, KEY=value, or one of {known}; "
+            "several are joined by '+'."
         )
-    for file in files:
-        _lay(_read_with_bases(file, above), content, file, baseline_dir)
+    for part in parts:
+        is_file = part.endswith(".yaml") and "=" not in part
+        update = _read_with_bases(part, above) if is_file else _inline(part)
+        _lay(update, content, part, baseline_dir)
 
 
 def _lay(update: dict, into: dict, path: str, baseline_dir: str | None) -> None:

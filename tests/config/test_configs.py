@@ -33,6 +33,7 @@ BASELINES = [name for name in RUNNABLE if "baseline" in name]
 FRONT_DOORS = ["glyphs_bags", "lvis_bags_R50", "lvis_bags_mask_R50"]
 METHODS, ABLATIONS = list_methods(), list_methods(ablations=True)
 NUM_CLASSES = {"lvis": 1203, "lvis_v0.5": 1230, "coco": 80, "glyphs": 40, "glyphs_lvis": 1203}
+NUM_CLASSES["muscima"] = 107
 CLASSIFIER = ("roi_heads.box_predictor*cls_score.*",)
 
 
