@@ -8,11 +8,13 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..errors import ConfigError, DataError
+from ..evaluation.bootstrap import interval
 from ..utils.files import write_atomically, write_csv, write_json
+from .intervals import Draws
 from .method_runs import BASELINE, MethodRun
 from .plots import plot_methods
 
-__all__ = ["MEASURES", "summarize", "write_comparison"]
+__all__ = ["MEASURES", "add_intervals", "interval_table", "summarize", "write_comparison"]
 
 MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
 
@@ -52,10 +54,59 @@ def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
     return sorted(rows, key=lambda row: -(row["bAP"]["mean"] or row["AP"]["mean"] or -math.inf))
 
 
+def add_intervals(rows: Sequence[dict], draws: Draws, against: str) -> None:
+    """Add 95% intervals to rows of :func:`summarize`: of AP, of bAP, and of their differences.
+
+    Args:
+        rows: get ``intervals``, {"AP", "bAP", "AP_difference", "bAP_difference"}: (low, high).
+        draws: measures of each method on the same drawn images.
+        against: the method that the differences are from.
+
+    Raises:
+        ConfigError: if there is no such method among them.
+    """
+    if against not in draws:
+        raise ConfigError(f"--against '{against}' is none of the methods {', '.join(draws)}.")
+    for row in rows:
+        found, other = draws[row["method"]], draws[against]
+        row["intervals"] = {name: interval(found[name]) for name in ("AP", "bAP")}
+        row["intervals"] |= {
+            f"{name}_difference": interval(found[name] - other[name]) for name in ("AP", "bAP")
+        }
+
+
+def interval_table(rows: Sequence[dict], against: str) -> str:
+    """The intervals of :func:`add_intervals` as Markdown."""
+    reference = next(row for row in rows if row["method"] == against)
+    lines = []
+    for row in rows:
+        line = [row["method"], len(row["seeds"])]
+        for name in ("AP", "bAP"):
+            mean = row[name]["mean"]
+            difference = mean - reference[name]["mean"]
+            low, high = row["intervals"][f"{name}_difference"]
+            line += [
+                "{:.1f} [{:.1f}, {:.1f}]".format(mean, *row["intervals"][name]),
+                "-" if row is reference else f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
+            ]
+        lines.append(line)
+    headers = ["method", "seeds"]
+    for name in ("AP", "bAP"):
+        headers += [f"{name} [95%]", f"{name} - {against}"]
+    return tabulate(lines, headers, "github", disable_numparse=True)
+
+
 def write_comparison(
-    runs: Sequence[MethodRun], output: Path, title: str, task: str = "bbox"
+    runs: Sequence[MethodRun],
+    output: Path,
+    title: str,
+    task: str = "bbox",
+    draws: Draws | None = None,
+    against: str = BASELINE,
 ) -> str:
     """Write ``comparison.md``, ``.csv`` (a line for each run), ``.json`` and ``.png``.
+
+    With ``draws``, intervals are added (:func:`add_intervals`).
 
     Returns:
         The table as Markdown, under its title.
@@ -81,6 +132,13 @@ def write_comparison(
         "without evaluation and, where it starts from the baseline, without that."
     )
     text = f"# {title}\n\n{table}\n\n{note}\n"
+    if draws is not None:
+        add_intervals(rows, draws, against)
+        num_draws = len(draws[against]["AP"])
+        text += (
+            f"\n{interval_table(rows, against)}\n\n95% intervals of the mean over seeds, by "
+            f"{num_draws} paired draws of the test images with replacement.\n"
+        )
     with write_atomically(output / "comparison.md") as file:
         file.write(text)
     write_json(output / "comparison.json", rows)

@@ -192,6 +192,15 @@ class Comparison:
             )
         self._data: dict[str, str] = {}
 
+    @property
+    def test_set(self) -> str:
+        """The data set of the runs' results; ConfigError if there are several."""
+        if len(self._base.DATASETS.TEST) != 1:
+            raise ConfigError(
+                f"DATASETS.TEST {tuple(self._base.DATASETS.TEST)} must be one data set here."
+            )
+        return self._base.DATASETS.TEST[0]
+
     def require_data(self) -> None:
         """From now on, only runs on the data sets as they are now count.
 

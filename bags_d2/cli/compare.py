@@ -39,12 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-gpus", type=int, default=0, help="0: the CPU")
     parser.add_argument("--task", choices=("bbox", "segm"), default="bbox", help="boxes or masks")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="DRAWS",
+        help="also 95%% intervals, by drawing the test images so often; 1000 is usual",
+    )
+    parser.add_argument(
+        "--against", metavar="METHOD", help="what differences are from; default: the baseline"
+    )
     parser.add_argument("--report-only", action="store_true", help="tabulate what is complete")
     add_trailing_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..analysis.comparison import write_comparison
+    from ..analysis.intervals import bootstrap_runs
     from ..analysis.method_runs import BASELINE, Comparison
     from ..errors import ConfigError
     from ..utils.files import lock_folder
@@ -72,5 +83,9 @@ def run(args: argparse.Namespace) -> None:
         complete = [run for run in runs if run.is_complete]
         if not complete:
             raise ConfigError(f"No run in '{args.output}' is complete yet.")
+        draws, against = None, args.against or BASELINE
+        if args.bootstrap:
+            draws = bootstrap_runs(complete, comparison.test_set, args.task, args.bootstrap)
         title = f"Methods on {args.config_file.stem.replace(BASELINE, '').strip('_')}"
-        print(f"\n{write_comparison(complete, args.output, title, args.task)}\nin {args.output}")
+        text = write_comparison(complete, args.output, title, args.task, draws, against)
+        print(f"\n{text}\nin {args.output}")
