@@ -36,7 +36,7 @@ DRAWN_STAFF = "staff_line"
 MARGINS = (40, 60)  # pixels of a page before its first object, and after its last
 TILE, OVERLAP = 256, 16  # pixels of the page at half size
 MIN_INSIDE = 0.6  # share of an object's box that must be in a tile
-MIN_SIDE = 1.5  # pixels of an object's box in a tile
+MIN_SIZE = (2, 1.5)  # width and height of an object's box in a tile, in its pixels
 MIN_OBJECTS = 3  # of a tile
 OUTLINE_TOLERANCE = 1.5  # pixels of the page at full size
 
@@ -204,7 +204,7 @@ def _annotation(
     start = np.array([x, y])
     first, last = np.clip(box[:2] - start, 0, TILE), np.clip(box[2:] - start, 0, TILE)
     size = last - first
-    if size.min() < MIN_SIDE or size.prod() < MIN_INSIDE * (box[2:] - box[:2]).prod():
+    if (size < MIN_SIZE).any() or size.prod() < MIN_INSIDE * (box[2:] - box[:2]).prod():
         return None
     return {
         "name": name,

@@ -124,3 +124,33 @@ def test_the_trainer_loads_images_in_that_order(tiny_cfg, datasets_root, registe
     assert len(batch) == 2
     known = {record["image_id"] for record in DatasetCatalog.get(data)}
     assert {record["image_id"] for record in batch} <= known
+
+
+@pytest.mark.parametrize("name", samplers.EPOCH_SAMPLERS)
+def test_an_epoch_takes_images_as_often_as_expected(tiny_cfg, name, monkeypatch):
+    monkeypatch.setattr(samplers, "training_class_counts", lambda *_, **__: torch.tensor([8, 1, 2]))
+    options = ["DATALOADER.REPEAT_THRESHOLD", 0.4, "DATALOADER.TAIL_MAX_COUNT", 2]
+    cfg = tiny_cfg("DATALOADER.SAMPLER_TRAIN", name, "DATALOADER.REPEAT_ALPHA", 0.5, *options)
+    draws = samplers.expected_draws(cfg, RECORDS)
+    order, source, epochs = epoch_order(cfg, RECORDS), generator(), 3000
+    counts = torch.bincount(torch.cat([order(source) for _ in range(epochs)]), minlength=10)
+    torch.testing.assert_close(counts / epochs, draws.float(), atol=0.08, rtol=0)
+
+
+def test_instance_aware_factors_are_the_papers(tiny_cfg):
+    records = [
+        {"annotations": [{"category_id": 0}] * 9},
+        *({"annotations": [{"category_id": 0}]} for _ in range(7)),
+        {"annotations": [{"category_id": 0}] * 3 + [{"category_id": 1}]},
+        {"annotations": []},
+    ]
+    options = ["DATALOADER.REPEAT_THRESHOLD", 0.5, "DATALOADER.REPEAT_ALPHA", 1.5]
+    # Class 0: in 9 of 10 images and 19 of 20 instances; class 1: in 1 of 10 and 1 of 20.
+    scarcity = [(0.5 / (9 / 10 * 19 / 20) ** 0.5) ** 0.5, (0.5 / (1 / 10 * 1 / 20) ** 0.5) ** 0.5]
+    cfg = tiny_cfg("DATALOADER.SAMPLER_TRAIN", samplers.IRFS, *options)
+    irfs = [1.0] * 8 + [scarcity[1], 1.0]
+    torch.testing.assert_close(samplers.expected_draws(cfg, records), torch.tensor(irfs))
+    cfg = tiny_cfg("DATALOADER.SAMPLER_TRAIN", samplers.E_IRFS, *options)
+    weights = torch.tensor([1.5 * scarcity[0]] * 8 + [1.5 * scarcity[1], 0.0]).exp()
+    expected = 10 * weights / weights.sum()
+    torch.testing.assert_close(samplers.expected_draws(cfg, records), expected)
