@@ -29,6 +29,7 @@ from ..utils.files import content_hash, load_json, require_file, write_atomicall
 from ..utils.settings import first_difference, select_config
 
 __all__ = [
+    "DEFAULT_DTYPE",
     "DTYPES",
     "FEATURE_KEYS",
     "FeatureCache",
@@ -295,7 +296,8 @@ class FeatureCache:
         for shard, (stored, labels) in enumerate(zip(self._features, self._labels, strict=True)):
             for i in range(0, len(labels), _PART):
                 rows = slice(i, i + _PART)
-                yield self._decode(stored[rows], [shard]), torch.from_numpy(labels[rows]).long()
+                features = self._decode(np.array(stored[rows]), [shard])
+                yield features, torch.from_numpy(labels[rows]).long()
 
     def read(
         self,
@@ -331,7 +333,7 @@ class FeatureCache:
     def _decode(self, stored: np.ndarray, shards: Sequence[int], device="cpu") -> torch.Tensor:
         tensor = torch.from_numpy(stored)
         if not _is_finite(tensor):
-            bad = next(s for s in shards if not _is_finite(torch.from_numpy(self._features[s])))
+            bad = next(s for s in shards if not _is_finite(torch.tensor(self._features[s])))
             raise _damaged(self._shards[bad].path / "features.npy", "infinite or NaN")
         return decode_features(tensor.to(device, non_blocking=True), self.settings["dtype"])
 

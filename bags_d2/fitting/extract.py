@@ -51,7 +51,7 @@ from .cache import (
     write_shard,
 )
 
-__all__ = ["box_predictors", "extract_features", "load_frozen_detector", "roi_features"]
+__all__ = ["box_stages", "extract_features", "load_frozen_detector", "roi_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,11 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     return model.train()
 
 
-def box_predictors(heads: StandardROIHeads) -> list[nn.Module]:
-    """The box predictor of each stage of a cascade, or the one of other heads."""
-    found = heads.box_predictor
-    return list(found) if isinstance(heads, CascadeROIHeads) else [found]
+def box_stages(heads: StandardROIHeads) -> list[tuple[nn.Module, nn.Module]]:
+    """Box head and box predictor of each stage of a cascade, or the ones of other heads."""
+    if isinstance(heads, CascadeROIHeads):
+        return list(zip(heads.box_head, heads.box_predictor, strict=True))
+    return [(heads.box_head, heads.box_predictor)]
 
 
 @torch.no_grad()
@@ -175,10 +176,9 @@ def roi_features(
     proposals, _ = model.proposal_generator(images, pyramid, targets)
     proposals = heads.label_and_sample_proposals(proposals, targets)
     pyramid = [pyramid[name] for name in heads.box_in_features]
-    predictors = box_predictors(heads)
-    box_heads = heads.box_head if isinstance(heads, CascadeROIHeads) else [heads.box_head]
+    stages = box_stages(heads)
     features, labels = [], []
-    for stage, (box_head, predictor) in enumerate(zip(box_heads, predictors, strict=True)):
+    for stage, (box_head, predictor) in enumerate(stages):
         boxes = [p.proposal_boxes for p in proposals]
         features.append(box_head(heads.box_pooler(pyramid, boxes)).flatten(start_dim=1))
         classes = torch.cat([p.gt_classes for p in proposals])
@@ -186,18 +186,18 @@ def roi_features(
             is_empty = ~torch.cat([b.nonempty() for b in boxes]) | (labels[-1] < 0)
             classes = classes.masked_fill(is_empty, -1)
         labels.append(classes)
-        if stage + 1 < len(predictors):
-            refined = predictor.predict_boxes(predictor(features[-1]), proposals)
+        if stage + 1 < len(stages):
+            predictions = None, predictor.bbox_pred(features[-1])
+            refined = [Boxes(b) for b in predictor.predict_boxes(predictions, proposals)]
             proposals = [
-                Instances(p.image_size, proposal_boxes=Boxes(b))
+                Instances(p.image_size, proposal_boxes=b)
                 for p, b in zip(proposals, refined, strict=True)
             ]
             for p in proposals:
                 p.proposal_boxes.clip(p.image_size)
             # Private, but there is no other way to Detectron2's labels of a later stage.
             heads._match_and_label_boxes(proposals, stage + 1, targets)
-    sizes = [len(p) for p in proposals]
-    of_images = (torch.stack(x, dim=1).split(sizes) for x in (features, labels))
+    of_images = (torch.stack(x, 1).split([len(p) for p in proposals]) for x in (features, labels))
     return list(zip(*of_images, strict=True))
 
 
@@ -277,11 +277,10 @@ def _check_disk_space(
     folder: Path, shards: Sequence[Shard], records, settings: Settings, model
 ) -> None:
     """Log an estimate; raise a ConfigError unless the missing shards fit on the disk."""
-    heads = model.roi_heads
-    num_stages = len(box_predictors(heads))
-    shape = (heads.box_head[0] if num_stages > 1 else heads.box_head).output_shape
+    heads, stages = model.roi_heads, box_stages(model.roi_heads)
+    shape = stages[0][0].output_shape
     num_features = shape.channels * (shape.height or 1) * (shape.width or 1)
-    size = bytes_per_roi(num_features, settings["dtype"], num_stages)
+    size = bytes_per_roi(num_features, settings["dtype"], len(stages))
     rois_per_image = settings["rois_per_image"]
     if not rois_per_image:
         rois_per_image = model.proposal_generator.post_nms_topk[True]

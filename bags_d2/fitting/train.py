@@ -32,7 +32,7 @@ from ..utils.files import lock_folder, write_atomically
 from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
-from .extract import box_predictors, load_frozen_detector
+from .extract import box_stages, load_frozen_detector
 
 __all__ = ["ClassifierLoss", "ClassifierTrainer", "cached_batches", "fit_classifier", "sample_rois"]
 
@@ -77,7 +77,7 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         cache.require(cfg, records)
         seed_all_rng(_seed_of(cfg))
         model = load_frozen_detector(cfg)
-        predictors = box_predictors(model.roi_heads)
+        predictors = [predictor for _, predictor in box_stages(model.roi_heads)]
         progress = Path(cfg.OUTPUT_DIR) / PROGRESS_FILE
         try:
             if hasattr(predictors[0], "fit_features"):

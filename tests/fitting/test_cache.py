@@ -24,7 +24,15 @@ from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_b
 from bags_d2.data.build import training_records
 from bags_d2.data.datasets import load_lvis_format, register_lvis_format
 from bags_d2.fitting import extract as pass1
-from bags_d2.fitting.cache import FEATURE_KEYS, FeatureCache, cache_settings
+from bags_d2.fitting.cache import (
+    DTYPES,
+    FEATURE_KEYS,
+    FeatureCache,
+    bytes_per_roi,
+    cache_settings,
+    decode_features,
+    encode_features,
+)
 from bags_d2.fitting.extract import extract_features, load_frozen_detector, roi_features
 from bags_d2.fitting.train import fit_classifier
 from bags_d2.utils.files import FolderInUseError, lock_folder
@@ -121,6 +129,43 @@ def test_features_and_labels_are_those_of_a_training_step(make_cfg, tmp_path):
     # In another order than written, and single images.
     mixed = cache.read([(0, 33), (0, 2)])[0]
     assert torch.equal(mixed, torch.cat([cache.read([(0, 33)])[0], cache.read([(0, 2)])[0]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positive", [True, False])
+def test_stored_features_are_near_and_zeros_exact(dtype, positive):
+    features = torch.randn(50, 3, 64, generator=torch.Generator().manual_seed(1)) * 9
+    features = features.relu() if positive else features
+    features[0], features[1] = 0, 2.5
+    stored = encode_features(features, dtype)
+    decoded = decode_features(stored, dtype)
+    assert stored.nbytes + 50 * 3 * 4 == 50 * bytes_per_roi(64, dtype, num_stages=3)
+    if positive:
+        assert (decoded[features == 0] == 0).all()
+    if dtype == "float16":
+        assert torch.equal(decoded, features.half().float())
+        return
+    # A reference, number by number.
+    for roi, found in zip(features.flatten(0, 1)[:9], decoded.flatten(0, 1), strict=False):
+        low, high = float(roi.min()), float(roi.max())
+        step = (high - low) / (2 ** DTYPES[dtype] - 1)
+        levels = [low + n * step for n in range(2 ** DTYPES[dtype])] if step else [low]
+        for x, y in zip(roi.tolist(), found.tolist(), strict=True):
+            nearest = min(levels, key=lambda level, x=x: abs(level - x))
+            assert abs(y - nearest) < 1e-5
+    # What was stored is stored as it is.
+    torch.testing.assert_close(decode_features(encode_features(decoded, dtype), dtype), decoded)
+
+
+def test_features_that_fill_no_whole_bytes_are_refused():
+    with pytest.raises(ConfigError, match=r"uint2 cannot hold 6 features .* set it to uint8"):
+        encode_features(torch.zeros(2, 6), "uint2")
+
+
+def test_lvis_v1_fits_50_gigabytes():
+    images, proposals, objects = 100_170, 1000, 12.7
+    assert images * (proposals + objects) * bytes_per_roi(1024, "uint2") < 28e9
+    assert images * 940 * bytes_per_roi(1024, "uint4") < 50e9
 
 
 def test_views_differ_by_augmentation(make_cfg, tmp_path):
