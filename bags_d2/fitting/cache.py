@@ -43,8 +43,8 @@ __all__ = [
 
 FORMAT = 4  # of the layout, and of the rule by which RoIs are kept
 
-# A kill costs one shard at most. Of LVIS v1 with about 1000 RoIs of 1024 features, 512 images are
-# a gigabyte.
+# A kill costs one shard at most. Of LVIS v1 with about 1000 RoIs of 1024 features, 512 images in
+# float16 are a gigabyte.
 IMAGES_PER_SHARD = 512
 # Not the solver's batch: without gradients its size is a matter of memory alone, and features must
 # not depend on how pass 2 will train.

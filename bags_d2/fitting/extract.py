@@ -291,7 +291,8 @@ def _check_disk_space(
     if needed > free:
         raise ConfigError(
             f"Feature cache '{folder}' needs up to {needed:,} bytes more and its disk has {free:,} "
-            "free; lower --rois-per-image or --views, or name another disk with --cache."
+            "free; set --cache-dtype uint2, lower --rois-per-image or --views, or set another "
+            "--cache."
         )
     logger.info(
         "Extracting box features to '%s': %d images of up to %.0f RoIs of %d bytes (%s) are up to "

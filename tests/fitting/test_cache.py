@@ -482,10 +482,21 @@ def test_a_full_disk_is_told_before_the_work(make_cfg, tmp_path, monkeypatch):
     objects = sum(len(r["annotations"]) for r in training_records(cfg))
     for kept, num_rois in ((None, proposals + objects), (9, NUM_IMAGES * 9)):
         needed = 2 * num_rois * (32 // 2 + 8 + 4)
-        message = rf"needs up to {needed:,} bytes more .* 7 free; lower"
+        message = rf"needs up to {needed:,} bytes more .* 7 free; set"
         with pytest.raises(ConfigError, match=message):
             extract_features(cfg, tmp_path / "cache", views=2, rois_per_image=kept)
         assert not contents(tmp_path / "cache")
+
+
+def test_the_size_is_logged_before_the_work(make_cfg, tmp_path, log_lines):
+    lines = log_lines("bags_d2")
+    extract_features(make_cfg(), tmp_path / "cache")
+    (found,) = (line for line in lines if "are free" in line)
+    size = bytes_per_roi(32, "uint4")
+    assert re.search(rf"'{tmp_path}/cache': 35 images of up to \d+ RoIs of {size} bytes", found)
+    stored = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("[fl]*s.npy"))
+    estimate = 1e9 * float(re.search(r"are up to (\S+) GB", found)[1])
+    assert 0.5 < stored / estimate < 1.01
 
 
 @pytest.mark.parametrize(
