@@ -2,25 +2,26 @@
 """How a feature cache may be made smaller: disk space, time and AP by setting (docs/fitting.md).
 
 A setting is a --cache-dtype, or DTYPE:ROIS with --rois-per-image. For each of them the detector's
-features are computed (pass 1), and every method is fitted to them with every seed (pass 2) and
-evaluated. Settings take turns in one process; times are relative to the first.
+features are computed (pass 1), and every method is fitted to them with every seed (pass 2). All
+classifiers are evaluated in one pass. Settings take turns in one process; times are relative to the
+first.
 """
 
 import argparse
 import logging
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from classifier_fitting import evaluate
 from tabulate import tabulate
 
 from bags_d2.engine import setup_cfg
+from bags_d2.engine.evaluate import evaluate_classifiers
 from bags_d2.fitting import FeatureCache, extract_features, fit_classifier
 from bags_d2.fitting.cache import bytes_per_roi
+from bags_d2.utils.files import load_json
 
 SETTINGS = ("float16", "uint8", "uint4", "uint2", "uint4:128")
 # LVIS v1's training images, proposals and objects of an image, and the features of a RoI.
@@ -49,7 +50,7 @@ def main():
     args = parse_args()
     logging.disable(logging.WARNING)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    sizes, results = {}, {}
+    sizes, runs, results = {}, [], {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for setting in args.settings:
@@ -63,15 +64,18 @@ def main():
         for seed in range(1, args.seeds + 1):
             for method in args.methods:
                 for setting in args.settings:
-                    cfg = config(args, method, folder / "run", seed)
-                    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+                    output = folder / "runs" / f"{setting} {method} {seed}"
+                    cfg = config(args, method, output, seed)
                     start = clock()
                     path = fit_classifier(cfg, folder / setting)
-                    seconds = clock() - start
-                    found = evaluate(cfg, path)
-                    row = (found["AP"], found["bAP"], seconds)
-                    results.setdefault((setting, method), []).append(row)
-                    print(setting, method, seed, *(f"{x:.2f}" for x in row), flush=True)
+                    runs.append((setting, method, cfg, clock() - start))
+                    cfg.defrost()
+                    cfg.MODEL.WEIGHTS = str(path)
+        evaluate_classifiers([cfg for _, _, cfg, _ in runs])
+        for setting, method, cfg, seconds in runs:
+            found = load_json(Path(cfg.OUTPUT_DIR) / "inference" / "results.json")["bbox"]
+            row = (found["AP"], found["bAP"], seconds)
+            results.setdefault((setting, method), []).append(row)
     report(args, sizes, results)
 
 

@@ -10,9 +10,9 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-import train_net
 from bags_d2 import ROI_BOX_PREDICTOR_REGISTRY, BAGSTrainer, ConfigError, add_bags_config
 from bags_d2.data import register_lvis_format
+from bags_d2.engine import training
 from bags_d2.fitting.cache import FeatureCache
 from bags_d2.fitting.extract import (
     extract_features,
@@ -165,7 +165,7 @@ def test_a_fitted_cascade_is_evaluated(cfg_of, stage1, tmp_path):
     options = [*OPTIONS, *names, "OUTPUT_DIR", str(tmp_path / "eval")]
     flags = ["--config-file", str(TINY), "--eval-only"]
     args = default_argument_parser().parse_args([*flags, *options])
-    assert "bAP" in train_net.main(args)["bbox"]
+    assert "bAP" in training.main(args)["bbox"]
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_weights(cfg_of, stage1, monkeypatch):
