@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.env import seed_all_rng
@@ -25,8 +24,16 @@ from tabulate import tabulate
 from bags_d2 import BAGSTrainer, build_box_predictor
 from bags_d2.data.samplers import shuffled
 from bags_d2.engine import LongTailCheckpointer, setup_cfg
-from bags_d2.fitting.cache import FORMAT, FeatureCache, plan_shards, write_shard
+from bags_d2.fitting.cache import (
+    DEFAULT_DTYPE,
+    FORMAT,
+    FeatureCache,
+    encode_features,
+    plan_shards,
+    write_shard,
+)
 from bags_d2.fitting.extract import (
+    box_stages,
     extract_features,
     load_frozen_detector,
     roi_features,
@@ -76,17 +83,17 @@ def check_equality(cfg):
     cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO = float("inf")  # no sampling that could differ
     model = load_frozen_detector(cfg)
     batch = next(iter(BAGSTrainer.build_train_loader(cfg)))
-    weight = model.roi_heads.box_predictor.cls_score.weight
+    predictors = [predictor for _, predictor in box_stages(model.roi_heads)]
+    weight = predictors[-1].cls_score.weight
     with EventStorage():
         seed_all_rng(1)
-        model(batch)["loss_cls"].backward()
+        sum(x for name, x in model(batch).items() if "loss_cls" in name).backward()
         online, weight.grad = weight.grad, None
         seed_all_rng(1)
         rois = roi_features(model, batch)
         features, labels = (torch.cat(parts) for parts in zip(*rois, strict=True))
-        ClassifierLoss(model.roi_heads.box_predictor, model.device)([(features.half(), labels)])[
-            "loss_cls"
-        ].backward()
+        losses = ClassifierLoss(predictors)([(features.half().float(), labels)])
+        sum(losses.values()).backward()
     difference = float((weight.grad - online).norm() / online.norm())
     assert difference < 5e-3, difference
     return difference
@@ -133,6 +140,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     settings = {
         **{
             "format": FORMAT,
+            "dtype": DEFAULT_DTYPE,
             "num_images": num_images,
             "views": 1,
             "rois_per_image": rois_per_image,
@@ -140,13 +148,12 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
         "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         **{"images_per_shard": num_images, "images_per_batch": 8},
     }
-    rng = np.random.default_rng(0)
     rois = []
     for _ in range(num_images):
-        labels = rng.integers(0, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, rois_per_image)
+        labels = torch.randint(cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, (rois_per_image, 1))
         labels[rois_per_image // 4 :] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        features = rng.random((rois_per_image, width), dtype=np.float32)
-        rois.append((features.astype(np.float16), labels.astype(np.int32)))
+        features = torch.rand(rois_per_image, 1, width)
+        rois.append((encode_features(features, settings["dtype"]), labels))
     write_json(folder / "cache.json", settings)
     write_shard(next(plan_shards(folder, settings)), range(num_images), rois)
     order = functools.partial(shuffled, torch.arange(num_images))
@@ -155,7 +162,7 @@ def lvis_rates(folder, rois_per_image, num_steps=5):
     predictor = build_box_predictor(cfg, ShapeSpec(channels=width)).to(DEVICE)
     predictor.bbox_pred.requires_grad_(False)
     optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
-    loss_of = ClassifierLoss(predictor, DEVICE)
+    loss_of = ClassifierLoss([predictor])
     reading, whole = [], []
     with EventStorage() as storage:
         for _ in range(num_steps + 1):  # the first one warms up

@@ -132,13 +132,12 @@ def measure(name, options):
         counts.flush()
         models = {skip: build(name, skip, counts.name) for skip in (False, True)}
     bare = copy.deepcopy(models[True])
+    propose_only(bare.proposal_generator)
     sides = {
         "stock": Step(models[False], batch, True),
         "skipping": Step(models[True], batch, True),
+        "forward": Step(bare, batch, False),
     }
-    if "Cascade" not in name:  # of which features cannot be had without its classifiers
-        propose_only(bare.proposal_generator)
-        sides["forward"] = Step(bare, batch, False)
     peaks = {side: added_memory(step) for side, step in sides.items()}
     seconds = {side: [] for side in sides}
     for _ in range(options.repeats):
@@ -154,18 +153,12 @@ def measure(name, options):
     median = {side: statistics.median(times) for side, times in seconds.items()}
     return {
         "detector": name,
-        **{f"{side} s": _cell(median.get(side)) for side in SIDES},
-        "stock / skipping": _cell(median["stock"] / median["skipping"]),
-        "skipping / forward": _cell(
-            median["skipping"] / median["forward"] if "forward" in median else None
-        ),
+        **{f"{side} s": f"{median[side]:.2f}" for side in SIDES},
+        "stock / skipping": f"{median['stock'] / median['skipping']:.2f}",
+        "skipping / forward": f"{median['skipping'] / median['forward']:.2f}",
         "equal": equal,
-        **{f"{side} MB": _cell(peaks.get(side), ".0f") for side in SIDES},
+        **{f"{side} MB": f"{peaks[side]:.0f}" for side in SIDES},
     }
-
-
-def _cell(value, spec=".2f"):
-    return "-" if value is None else format(value, spec)
 
 
 def main():

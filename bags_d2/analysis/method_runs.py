@@ -402,8 +402,7 @@ def _kind_of(cfg: CfgNode) -> tuple[Kind, str]:
         return Kind.TRAIN, "all"
     if not all(glob.startswith("roi_heads.box_predictor") for glob in globs):
         return Kind.TRAIN, "a part"
-    cascade = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) and "Cascade" in cfg.MODEL.ROI_HEADS.NAME
-    return Kind.TRAIN if cascade else Kind.FIT, "classifier"
+    return Kind.FIT, "classifier"
 
 
 def _load(path: Path, default: dict | list):

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rois-per-image", type=int, help="RoIs to keep of an image; default: all proposals"
     )
     parser.add_argument(
+        "--cache-dtype",
+        default="uint4",
+        choices=("uint2", "uint4", "uint8", "float16"),
+        help="how features are stored; default: uint4",
+    )
+    parser.add_argument(
         "--cache",
         help="folder of the features; default: OUTPUT_DIR/../<folder of WEIGHTS>_features",
     )

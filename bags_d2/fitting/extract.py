@@ -8,6 +8,7 @@ labelled proposals are kept, or some, from which pass 2 samples RoIs anew in eve
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import sys
@@ -20,9 +21,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,10 +36,14 @@ from ..errors import ConfigError
 from ..utils.files import lock_folder, write_json
 from ..utils.seeding import seed_generators
 from .cache import (
+    DEFAULT_DTYPE,
     IMAGES_PER_BATCH,
     IMAGES_PER_SHARD,
+    Settings,
     Shard,
+    bytes_per_roi,
     cache_settings,
+    encode_features,
     is_complete,
     plan_shards,
     read_settings,
@@ -45,7 +51,7 @@ from .cache import (
     write_shard,
 )
 
-__all__ = ["extract_features", "load_frozen_detector", "roi_features"]
+__all__ = ["box_stages", "extract_features", "load_frozen_detector", "roi_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ def extract_features(
     views: int = 1,
     rois_per_image: int | None = None,
     images_per_shard: int = IMAGES_PER_SHARD,
+    dtype: str = DEFAULT_DTYPE,
 ) -> None:
     """Fill a feature cache, or complete one that was begun with the same settings.
 
@@ -69,11 +76,12 @@ def extract_features(
         views: views of every image, each with fresh augmentation.
         rois_per_image: RoIs to keep of an image (:func:`sample_for_cache`); None keeps all.
         images_per_shard: images of a shard.
+        dtype: how features are stored (:func:`bags_d2.fitting.cache.encode_features`).
 
     Raises:
         ConfigError: if the folder holds a cache of other settings or data, the disk is too small,
-            or the config trains anything but the classifier of a plain Faster or Mask R-CNN.
-        DataError: if a feature is not finite in float16, or a file cannot be read or written.
+            or the config trains anything but the classifiers of a Faster, Mask or Cascade R-CNN.
+        DataError: if a feature is not finite as it is stored, or a file cannot be read or written.
         FolderInUseError: if another run writes to the folder.
         MissingFileError: if the checkpoint or an image does not exist.
     """
@@ -81,7 +89,7 @@ def extract_features(
     # The first process holds the folder for all.
     with lock_folder(folder) if comm.is_main_process() else contextlib.nullcontext():
         records = training_records(cfg)
-        settings = cache_settings(cfg, records, views, rois_per_image, images_per_shard)
+        settings = cache_settings(cfg, records, views, rois_per_image, images_per_shard, dtype)
         if (folder / "cache.json").exists():
             require_settings(folder, read_settings(folder), settings)
         # All processes decide together: one that is ahead could finish shards that others look for.
@@ -92,12 +100,12 @@ def extract_features(
         model = load_frozen_detector(cfg)
         shards = list(plan_shards(folder, settings))
         if comm.is_main_process():
-            _check_disk_space(folder, shards, records, rois_per_image, model)
+            _check_disk_space(folder, shards, records, settings, model)
             write_json(folder / "cache.json", settings)
         comm.synchronize()  # before any process writes, the disk has been checked
         # Shared out before finished shards are left out, of which other processes may see more.
         own = [s for s in shards[comm.get_rank() :: comm.get_world_size()] if not s.path.is_dir()]
-        _extract(cfg, model, records, own, rois_per_image)
+        _extract(cfg, model, records, own, settings)
         comm.synchronize()
 
 
@@ -105,25 +113,24 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """The model of stage 2 with the weights of stage 1, ready for both passes.
 
     Raises:
-        ConfigError: if it is a cascade, whose later stages see boxes that the earlier ones refined,
-            or if anything but the classifier is to be trained.
+        ConfigError: if it is no Faster, Mask or Cascade R-CNN, or if anything but the classifier is
+            to be trained.
     """
     model = BAGSTrainer.build_model(cfg)
     if not (
         isinstance(model, GeneralizedRCNN)
         and isinstance(model.proposal_generator, RPN)
         and isinstance(model.roi_heads, StandardROIHeads)
-        and not isinstance(model.roi_heads, CascadeROIHeads)
     ):
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' in MODEL.META_ARCHITECTURE "
             f"'{cfg.MODEL.META_ARCHITECTURE}' with MODEL.PROPOSAL_GENERATOR.NAME "
             f"'{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' cannot be fitted from cached features, only "
-            "LongTailROIHeads with proposals of its own can; use bags-d2 train."
+            "LongTailROIHeads and LongTailCascadeROIHeads with proposals of their own can; use "
+            "bags-d2 train."
         )
-    prefix = "roi_heads.box_predictor."
     for name, parameter in model.named_parameters():
-        is_classifier = name.startswith(prefix) and not name.startswith(f"{prefix}bbox_pred")
+        is_classifier = name.startswith("roi_heads.box_predictor.") and ".bbox_pred." not in name
         if parameter.requires_grad and not is_classifier:
             raise ConfigError(
                 f"MODEL.TRAINABLE_PARAMS {tuple(cfg.MODEL.TRAINABLE_PARAMS)} trains '{name}', but "
@@ -136,14 +143,26 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     return model.train()
 
 
+def box_stages(heads: StandardROIHeads) -> list[tuple[nn.Module, nn.Module]]:
+    """Box head and box predictor of each stage of a cascade, or the ones of other heads."""
+    if isinstance(heads, CascadeROIHeads):
+        return list(zip(heads.box_head, heads.box_predictor, strict=True))
+    return [(heads.box_head, heads.box_predictor)]
+
+
 @torch.no_grad()
 def roi_features(
     model: GeneralizedRCNN, inputs: list[dict]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Features (R, D) and labels (R,) of each image that a step would train the classifier on.
+    """Features (R, S, D) and labels (R, S) of each image that a step would train classifiers on.
 
-    These are the steps of ``GeneralizedRCNN.forward`` and ``StandardROIHeads.forward`` up to the
-    box predictor. The model must be in training mode, with an EventStorage around the call.
+    These are the steps of ``GeneralizedRCNN.forward`` and of ``forward`` of the RoI heads up to the
+    box predictors. The model must be in training mode, with an EventStorage around the call.
+
+    In a cascade of S stages each sees the boxes that the one before refined, and labels them by its
+    own IoU threshold. As box regression is class-agnostic and frozen, and all that concerns a RoI
+    follows from that RoI, no classifier and no sampling has a part in it. Training drops a RoI
+    whose box has become empty: its labels from there on are -1.
     """
     heads = model.roi_heads
     images = model.preprocess_image(inputs)
@@ -153,14 +172,33 @@ def roi_features(
         Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to(model.device)
         for x in (x["instances"] for x in inputs)
     ]
-    features = model.backbone(images.tensor)
-    proposals, _ = model.proposal_generator(images, features, targets)
+    pyramid = model.backbone(images.tensor)
+    proposals, _ = model.proposal_generator(images, pyramid, targets)
     proposals = heads.label_and_sample_proposals(proposals, targets)
-    boxes = [p.proposal_boxes for p in proposals]
-    pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
-    box_features = heads.box_head(pooled).flatten(start_dim=1)
-    labels = [p.gt_classes for p in proposals]
-    return list(zip(box_features.split([len(x) for x in labels]), labels, strict=True))
+    pyramid = [pyramid[name] for name in heads.box_in_features]
+    stages = box_stages(heads)
+    features, labels = [], []
+    for stage, (box_head, predictor) in enumerate(stages):
+        boxes = [p.proposal_boxes for p in proposals]
+        features.append(box_head(heads.box_pooler(pyramid, boxes)).flatten(start_dim=1))
+        classes = torch.cat([p.gt_classes for p in proposals])
+        if stage > 0:
+            is_empty = ~torch.cat([b.nonempty() for b in boxes]) | (labels[-1] < 0)
+            classes = classes.masked_fill(is_empty, -1)
+        labels.append(classes)
+        if stage + 1 < len(stages):
+            predictions = None, predictor.bbox_pred(features[-1])
+            refined = [Boxes(b) for b in predictor.predict_boxes(predictions, proposals)]
+            proposals = [
+                Instances(p.image_size, proposal_boxes=b)
+                for p, b in zip(proposals, refined, strict=True)
+            ]
+            for p in proposals:
+                p.proposal_boxes.clip(p.image_size)
+            # Private, but there is no other way to Detectron2's labels of a later stage.
+            heads._match_and_label_boxes(proposals, stage + 1, targets)
+    of_images = (torch.stack(x, 1).split([len(p) for p in proposals]) for x in (features, labels))
+    return list(zip(*of_images, strict=True))
 
 
 def propose_only(rpn: RPN) -> None:
@@ -199,7 +237,7 @@ class _Images(Dataset):
         return self.mapper(self.records[key[1]])
 
 
-def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int | None) -> None:
+def _extract(cfg, model, records, shards: Sequence[Shard], settings: Settings) -> None:
     order = list(range(len(records)))
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         # Padding portraits and landscapes to a common size costs up to twice the work.
@@ -217,7 +255,7 @@ def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int |
     )
     device = model.device.type
     autocast = torch.autocast(device, enabled=cfg.SOLVER.AMP.ENABLED and device == "cuda")
-    sample_for_cache(model.roi_heads, rois_per_image)
+    sample_for_cache(model.roi_heads, settings["rois_per_image"] or None)
     loaded = zip(batches, loader, strict=True)
     with EventStorage(), autocast:
         for shard in tqdm(shards, "shards of box features", disable=not comm.is_main_process()):
@@ -226,7 +264,8 @@ def _extract(cfg, model, records, shards: Sequence[Shard], rois_per_image: int |
                 keys, inputs = next(loaded)
                 seed_generators(_seed("sampling", *keys[0]), device)
                 for features, labels in roi_features(model, inputs):
-                    rois.append((features.half().cpu().numpy(), labels.int().cpu().numpy()))
+                    stored = encode_features(features, settings["dtype"])
+                    rois.append((stored.cpu(), labels.int().cpu()))
             write_shard(shard, [order[i] for i in shard.places], rois)
 
 
@@ -235,21 +274,28 @@ def _seed(*parts) -> int:
 
 
 def _check_disk_space(
-    folder: Path, shards: Sequence[Shard], records, rois_per_image: int | None, model
+    folder: Path, shards: Sequence[Shard], records, settings: Settings, model
 ) -> None:
-    """Raise a ConfigError unless the features of the missing shards fit on the disk."""
-    shape = model.roi_heads.box_head.output_shape
-    bytes_per_roi = 2 * shape.channels * (shape.height or 1) * (shape.width or 1) + 4
+    """Log an estimate; raise a ConfigError unless the missing shards fit on the disk."""
+    heads, stages = model.roi_heads, box_stages(model.roi_heads)
+    shape = stages[0][0].output_shape
+    num_features = shape.channels * (shape.height or 1) * (shape.width or 1)
+    size = bytes_per_roi(num_features, settings["dtype"], len(stages))
+    rois_per_image = settings["rois_per_image"]
+    if not rois_per_image:
+        rois_per_image = model.proposal_generator.post_nms_topk[True]
+        if heads.proposal_append_gt:
+            rois_per_image += sum(len(r.get("annotations", ())) for r in records) / len(records)
     num_images = sum(len(shard.places) for shard in shards if not shard.path.is_dir())
-    num_rois = num_images * (rois_per_image or model.proposal_generator.post_nms_topk[True])
-    if rois_per_image is None and model.roi_heads.proposal_append_gt:
-        num_objects = sum(len(record.get("annotations", ())) for record in records)
-        num_rois += num_objects * num_images // len(records)
-    needed, free = num_rois * bytes_per_roi, shutil.disk_usage(folder).free
+    needed, free = math.ceil(num_images * rois_per_image) * size, shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"Feature cache '{folder}' needs up to {needed:,} bytes more and its disk has {free:,} "
-            "free; lower --rois-per-image or --views, or name another disk with --cache."
+            "free; set --cache-dtype uint2, lower --rois-per-image or --views, or set another "
+            "--cache."
         )
-    sizes = f"up to {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free"
-    logger.info("Extracting box features of %d images to '%s': %s", num_images, folder, sizes)
+    logger.info(
+        "Extracting box features to '%s': %d images of up to %.0f RoIs of %d bytes (%s) are up to "
+        "%.3g GB of %.3g GB that are free",
+        *(folder, num_images, rois_per_image, size, settings["dtype"], needed / 1e9, free / 1e9),
+    )

@@ -22,7 +22,8 @@ def fit(args: argparse.Namespace) -> None:
     check_files(cfg)
     setup_run(cfg, args)
     folder = args.cache or default_cache(cfg)
-    launch(_extract, args, (cfg, folder, args.views, args.rois_per_image))
+    options = {"views": args.views, "rois_per_image": args.rois_per_image}
+    launch(_extract, args, (cfg, folder, options | {"dtype": args.cache_dtype}))
     if args.machine_rank == 0:
         # With the very arguments of _extract: others would add a second handler.
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
@@ -34,6 +35,6 @@ def default_cache(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT_DIR).parent / f"{Path(cfg.MODEL.WEIGHTS).parent.name}_features"
 
 
-def _extract(cfg: CfgNode, folder: str | os.PathLike, views: int, rois_per_image: int | None):
+def _extract(cfg: CfgNode, folder: str | os.PathLike, options: dict) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bags_d2")
-    extract_features(cfg, folder, views, rois_per_image)
+    extract_features(cfg, folder, **options)

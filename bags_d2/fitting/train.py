@@ -1,6 +1,6 @@
-"""Pass 2: train a box predictor's classifier on cached features.
+"""Pass 2: train the classifiers of box predictors, one or one a stage, on cached features.
 
-Shapes in this file: R RoIs of a device's batch, D features of a RoI, K classes.
+Shapes in this file: R RoIs of a device's batch, S stages, D features of a RoI, K classes.
 """
 
 import functools
@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..checkpoint.files import read_checkpoint
@@ -31,7 +32,7 @@ from ..utils.files import lock_folder, write_atomically
 from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
-from .extract import load_frozen_detector
+from .extract import box_stages, load_frozen_detector
 
 __all__ = ["ClassifierLoss", "ClassifierTrainer", "cached_batches", "fit_classifier", "sample_rois"]
 
@@ -76,14 +77,15 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
         cache.require(cfg, records)
         seed_all_rng(_seed_of(cfg))
         model = load_frozen_detector(cfg)
-        predictor = model.roi_heads.box_predictor
+        predictors = [predictor for _, predictor in box_stages(model.roi_heads)]
         progress = Path(cfg.OUTPUT_DIR) / PROGRESS_FILE
         try:
-            if hasattr(predictor, "fit_features"):
-                predictor.fit_features(cache.parts())
+            if hasattr(predictors[0], "fit_features"):
+                for stage, predictor in enumerate(predictors):
+                    predictor.fit_features(of_stage(*part, stage) for part in cache.parts())
             else:
-                ClassifierTrainer(cfg, cache, predictor).fit(epoch_order(cfg, records))
-            _require_finite(predictor)
+                ClassifierTrainer(cfg, cache, predictors).fit(epoch_order(cfg, records))
+            _require_finite(model.roi_heads.box_predictor)
         except NonFiniteLossError as error:
             what = str(error).partition(", on the images")[0]
             raise NonFiniteLossError(
@@ -99,27 +101,28 @@ def fit_classifier(cfg: CfgNode, folder: str | os.PathLike) -> Path:
 
 
 class ClassifierTrainer(GuardedSimpleTrainer):
-    """Trains a predictor on cached features, and resumes an unfinished fit.
+    """Trains the predictors of all stages on cached features, and resumes an unfinished fit.
 
     Each step is a function of its number and the weights before it.
     """
 
-    def __init__(self, cfg: CfgNode, cache: FeatureCache, predictor: nn.Module) -> None:
+    def __init__(self, cfg: CfgNode, cache: FeatureCache, predictors: Sequence[nn.Module]) -> None:
         num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
         if num_images % num_parts:
             raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH {num_images} is not a multiple of "
                 f"SOLVER.REFERENCE_WORLD_SIZE {num_parts}; change one of them."
             )
-        optimizer = BAGSTrainer.build_optimizer(cfg, predictor)
+        loss = ClassifierLoss(predictors)
+        optimizer = BAGSTrainer.build_optimizer(cfg, loss.predictors)
         super().__init__(
-            ClassifierLoss(predictor, cfg.MODEL.DEVICE),
+            loss,
             None,  # the first batch is known once the progress has been read
             optimizer,
             max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS,
             gather_metric_period=LOG_PERIOD,
         )
-        self.cfg, self.cache, self.predictor = cfg, cache, predictor
+        self.cfg, self.cache, self.predictors = cfg, cache, loss.predictors
         self.path = Path(cfg.OUTPUT_DIR) / PROGRESS_FILE
         self.device = torch.device(cfg.MODEL.DEVICE).type
         # Where and how often a fit may be resumed, not what it computes.
@@ -139,7 +142,7 @@ class ClassifierTrainer(GuardedSimpleTrainer):
         """Train to the end, from the step after the last that was saved."""
         start = self.resume()
         self.reset_data_loader(lambda: cached_batches(self.cfg, self.cache, order, start))
-        name = type(self.predictor).__name__
+        name = type(self.predictors[0]).__name__
         logger.info("Fitting the classifier of %s on '%s'", name, self.cache.folder)
         self.train(start, self.cfg.SOLVER.MAX_ITER)
 
@@ -151,9 +154,9 @@ class ClassifierTrainer(GuardedSimpleTrainer):
             saved = read_checkpoint(self.path)
             difference = first_difference(saved["settings"], self.settings)
             if not difference:
-                self.predictor.load_state_dict(saved["model"])
+                self.predictors.load_state_dict(saved["model"])
                 self.load_state_dict(saved["trainer"])
-                _require_finite(self.predictor)
+                _require_finite(self.predictors)
                 start = range(self.cfg.SOLVER.MAX_ITER + 1).index(self.iter + 1)
         except Exception as error:  # states of another form raise nearly anything
             detail = " ".join(str(error).split())[:200]
@@ -177,8 +180,8 @@ class ClassifierTrainer(GuardedSimpleTrainer):
     def after_step(self) -> None:
         super().after_step()  # the schedule's step is part of what is saved
         if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0:
-            _require_finite(self.predictor)
-            model, trainer = self.predictor.state_dict(), self.state_dict()
+            _require_finite(self.predictors)
+            model, trainer = self.predictors.state_dict(), self.state_dict()
             _save({"settings": self.settings, "model": model, "trainer": trainer}, self.path)
 
 
@@ -223,7 +226,7 @@ def cached_batches(
     Epochs take the views in turn and sample RoIs anew; batches may span two epochs. A batch
     follows from ``SEED`` and its step alone, so that a run can resume anywhere.
     """
-    heads, seed = cfg.MODEL.ROI_HEADS, _seed_of(cfg)
+    heads, seed, device = cfg.MODEL.ROI_HEADS, _seed_of(cfg), cfg.MODEL.DEVICE
     num_images, num_parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
     keys = epoch_keys(order, cache.settings["views"], seed, start * num_images)
     for step in itertools.count(start):
@@ -235,7 +238,7 @@ def cached_batches(
             num_classes=heads.NUM_CLASSES,
         )
         yield tuple(
-            cache.read(list(itertools.islice(keys, num_images // num_parts)), sample)
+            cache.read(list(itertools.islice(keys, num_images // num_parts)), sample, device)
             for _ in range(num_parts)
         )
 
@@ -253,24 +256,47 @@ def epoch_keys(
 
 
 class ClassifierLoss(nn.Module):
-    """The classification loss of a box predictor on cached RoIs, as a model to train."""
+    """The classification losses of box predictors on cached RoIs, as a model to train."""
 
-    def __init__(self, predictor: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(self, predictors: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.predictor = predictor
-        self.device = torch.device(device)
+        self.predictors = nn.ModuleList(predictors)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """``loss_cls``, the mean over devices, as DistributedDataParallel averages gradients."""
-        return {"loss_cls": torch.stack([self._loss(*part) for part in batch]).mean()}
+        """``loss_cls``, or ``loss_cls_stage0`` and so on of a cascade.
 
-    def _loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # Losses that regress boxes need some that are not degenerate.
-        boxes = Boxes(torch.tensor([0.0, 0.0, 1.0, 1.0], device=self.device).expand(len(labels), 4))
-        rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes)
-        rois.gt_classes = labels.to(self.device, non_blocking=True)
-        predictions = self.predictor(features.to(self.device, non_blocking=True).float())
-        return self.predictor.losses(predictions, [rois])["loss_cls"]
+        They are means over devices, as DistributedDataParallel averages gradients.
+        """
+        parts = [self._losses(*part) for part in batch]
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def _losses(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(self.predictors) == 1:
+            return {"loss_cls": _loss(self.predictors[0], *of_stage(features, labels, 0))}
+        losses = {}
+        for stage, predictor in enumerate(self.predictors):
+            with get_event_storage().name_scope(f"stage{stage}"):
+                loss = _loss(predictor, *of_stage(features, labels, stage))
+            losses[f"loss_cls_stage{stage}"] = loss
+        return losses
+
+
+def of_stage(
+    features: torch.Tensor, labels: torch.Tensor, stage: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (R', D) and labels (R',) of the RoIs that a stage sees, of (R, S, D) and (R, S)."""
+    features, labels = features[:, stage], labels[:, stage]
+    if stage == 0:  # which sees all of them
+        return features, labels
+    kept = labels >= 0
+    return features[kept], labels[kept]
+
+
+def _loss(predictor: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    # Losses that regress boxes need some that are not degenerate.
+    boxes = Boxes(features.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(labels), 4))
+    rois = Instances((1, 1), proposal_boxes=boxes, gt_boxes=boxes, gt_classes=labels)
+    return predictor.losses(predictor(features), [rois])["loss_cls"]
 
 
 def _seed_of(cfg: CfgNode) -> int:

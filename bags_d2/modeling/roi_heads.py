@@ -82,6 +82,11 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ConfigError(
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is False, but a cascade's stages pass on "
+                "one box of a RoI, whatever its class; set it to True."
+            )
         ret = super()._init_box_head(_with_minimal_predictor(cfg), input_shape)
         weights_of_stages = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
         ret["box_predictors"] = [

@@ -97,11 +97,11 @@ def test_how_the_model_of_a_run_comes_about(comparison, method, kind, trained, f
     assert "--eval-only" in evaluate
 
 
-def test_what_trains_a_part_or_a_cascade_is_trained_from_images(tmp_path):
+def test_what_trains_more_than_classifiers_is_trained_from_images(tmp_path):
     for trainable, heads, kind in (
         ("('roi_heads.box_head*',)", "LongTailROIHeads", Kind.TRAIN),
         ("('roi_heads.box_predictor*',)", "LongTailROIHeads", Kind.FIT),
-        ("('roi_heads.box_predictor*',)", "LongTailCascadeROIHeads", Kind.TRAIN),
+        ("('roi_heads.box_predictor*',)", "LongTailCascadeROIHeads", Kind.FIT),
     ):
         config, method = tmp_path / "detector.yaml", tmp_path / "part.yaml"
         config.write_text(f'_BASE_: "{GLYPHS}"\nMODEL:\n  ROI_HEADS:\n    NAME: "{heads}"\n')

@@ -13,33 +13,47 @@ import pytest
 import torch
 
 from bags_d2.errors import BagsError, DataError
-from bags_d2.fitting.cache import FORMAT, FeatureCache, plan_shards, write_shard
+from bags_d2.fitting.cache import (
+    FORMAT,
+    FeatureCache,
+    encode_features,
+    plan_shards,
+    write_shard,
+)
 
-NUM_CLASSES, NUM_IMAGES, WIDTH = 6, 5, 4
+NUM_CLASSES, NUM_IMAGES, WIDTH, STAGES = 6, 5, 4, 2
 SETTINGS = {
-    **{"format": FORMAT, "num_images": NUM_IMAGES, "num_classes": NUM_CLASSES, "views": 2},
+    **{
+        "format": FORMAT,
+        "dtype": "float16",
+        "num_images": NUM_IMAGES,
+        "num_classes": NUM_CLASSES,
+        "views": 2,
+    },
     **{"images_per_shard": 3, "images_per_batch": 2, "rois_per_image": 0, "checkpoint": "1f"},
 }
 SHARD = Path("view0") / "shard00000"
 
 
+def make_cache(folder, dtype="float16"):
+    """A cache of a cascade, two views and two shards each; image i has i + 1 RoIs."""
+    settings = {**SETTINGS, "dtype": dtype}
+    generator = torch.Generator().manual_seed(0)
+    for shard in plan_shards(folder, settings):
+        images, rois = shard.places, []
+        for i in images:
+            features = torch.randn(i + 1, STAGES, WIDTH, generator=generator)
+            labels = torch.randint(NUM_CLASSES + 1, (i + 1, STAGES), generator=generator)
+            labels[:1, 1] = -1  # its box became empty
+            rois.append((encode_features(features, dtype), labels))
+        write_shard(shard, images, rois)
+    (folder / "cache.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A cache of two views and two shards each; image i has i + 1 RoIs."""
-    folder = tmp_path_factory.mktemp("damage") / "cache"
-    generator = np.random.default_rng(0)
-    for shard in plan_shards(folder, SETTINGS):
-        images = shard.places
-        rois = [
-            (
-                generator.normal(size=(i + 1, WIDTH)).astype(np.float16),
-                generator.integers(NUM_CLASSES + 1, size=i + 1).astype(np.int32),
-            )
-            for i in images
-        ]
-        write_shard(shard, images, rois)
-    (folder / "cache.json").write_text(json.dumps(SETTINGS))
-    return folder
+    return make_cache(tmp_path_factory.mktemp("damage") / "cache")
 
 
 @pytest.fixture
@@ -68,7 +82,8 @@ def put(array, index, value):
 def test_a_whole_cache_is_read(whole):
     rois = use(whole)
     assert [len(labels) for _, labels in rois[:NUM_IMAGES]] == [1, 2, 3, 4, 5]
-    assert all(features.dtype == torch.float16 for features, _ in rois)
+    assert all(features.shape[1:] == (STAGES, WIDTH) for features, _ in rois)
+    assert all(features.dtype == torch.float32 for features, _ in rois)
 
 
 ARRAYS = {
@@ -76,13 +91,18 @@ ARRAYS = {
     "big endian": ("features", lambda x: x.astype(">f2")),
     "column by column": ("features", np.asfortranarray),
     "one dimension": ("features", np.ravel),
-    "another width": ("features", lambda x: x[:, :3].copy()),
+    "another width": ("features", lambda x: x[..., :3].copy()),
+    "no width": ("features", lambda x: x[..., :0].copy()),
+    "another number of stages": ("features", lambda x: x[:, :1].copy()),
+    "no stages": ("labels", lambda x: x[:, :0].copy()),
+    "integers": ("features", lambda x: x.view(np.uint8)),
     "RoIs missing": ("features", lambda x: x[:-1]),
-    "NaN": ("features", lambda x: put(x, (2, 1), np.nan)),
-    "infinity": ("features", lambda x: put(x, (2, 1), -np.inf)),
+    "NaN": ("features", lambda x: put(x, (2, 1, 3), np.nan)),
+    "infinity": ("features", lambda x: put(x, (2, 1, 3), -np.inf)),
     "fractional labels": ("labels", lambda x: x + np.float32(0.5)),
     "int64 labels": ("labels", lambda x: x.astype(np.int64)),
-    "negative label": ("labels", lambda x: put(x, 1, -1)),
+    "RoI that no stage sees": ("labels", lambda x: put(x, 1, -1)),
+    "negative label": ("labels", lambda x: put(x, (1, 1), -2)),
     "label beyond background": ("labels", lambda x: put(x, 1, NUM_CLASSES + 1)),
     "labels missing": ("labels", lambda x: x[:-1]),
     "image beyond the last": ("images", lambda x: put(x, 0, NUM_IMAGES)),
@@ -105,6 +125,24 @@ def test_arrays_of_another_kind_are_refused(cache, case):
     rewrite(cache / SHARD / f"{name}.npy", change)
     # The second view counts shards too: the message names one of the first.
     with pytest.raises(DataError, match=r"is damaged \(.*\); delete '.*shard0000[01]' and run"):
+        use(cache)
+
+
+INTEGERS = {
+    "NaN": lambda x: put(x, (2, 1, slice(-8, None)), 255),
+    "overflow": lambda x: put(x, (2, 1, slice(-4, None)), (255, 255, 127, 127)),
+    "no features": lambda x: x[..., -8:].copy(),
+    "float16": lambda x: x.astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("dtype", ["uint2", "uint8"])
+@pytest.mark.parametrize("case", INTEGERS)
+def test_damaged_integers_are_refused(tmp_path, dtype, case):
+    cache = make_cache(tmp_path / "cache", dtype)
+    use(cache)
+    rewrite(cache / SHARD / "features.npy", INTEGERS[case])
+    with pytest.raises(DataError, match=r"features\.npy' is damaged \(.*\); delete '.*shard0000"):
         use(cache)
 
 
@@ -182,7 +220,7 @@ def test_a_cache_of_an_earlier_version_is_refused_by_name(cache):
         },
         "num_images": NUM_IMAGES,
     }
-    for content in (earlier, {**SETTINGS, "format": FORMAT - 1}):
+    for content in (earlier, {**SETTINGS, "format": FORMAT - 1}, {**SETTINGS, "dtype": "int3"}):
         (cache / "cache.json").write_text(json.dumps(content))
         with pytest.raises(DataError, match=r"another version of bags_d2; delete '.*cache' and"):
             FeatureCache(cache)
@@ -240,7 +278,7 @@ def test_random_damage_is_refused_or_harmless(whole, tmp_path):
         if outcome == "read":
             assert all(features.isfinite().all() for features, _ in rois)
             assert all(len(features) == len(labels) for features, labels in rois)
-            assert all((labels >= 0).all() for _, labels in rois)
+            assert all((labels[:, 0] >= 0).all() for _, labels in rois)
         else:
             assert str(folder) in message
             assert "\n" not in message
