@@ -1,9 +1,9 @@
 """What an epoch of each sampler shows of the classes."""
 
+import pytest
 import torch
-from commands import run_command
 
-from bags_d2.analysis.exposure import class_exposure
+from bags_d2.analysis import exposure
 
 RECORDS = [
     {"annotations": [{"category_id": 0}, {"category_id": 0}, {"category_id": 1}]},
@@ -13,18 +13,16 @@ RECORDS = [
 
 
 def test_exposure_counts_instances_as_often_as_their_image_is_drawn():
-    exposure = class_exposure(RECORDS, torch.tensor([2.0, 5.0, 0.5]), 4)
-    assert exposure.tolist() == [4.0, 2.0, 0.5, 0.0]
+    found = exposure.class_exposure(RECORDS, torch.tensor([2.0, 5.0, 0.5]), 4)
+    assert found.tolist() == [4.0, 2.0, 0.5, 0.0]
 
 
-def test_the_command_has_a_row_for_each_sampler(tiny_cfg, tmp_path, capsys):
-    config = tmp_path / "config.yaml"
-    config.write_text(tiny_cfg().dump())
-    table = tmp_path / "table.csv"
-    run_command("exposure", "--config-file", config, "--output", table)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("|")[1:3] == [f" {'sampler':<25} ", "   images "]
-    assert [line.split("|")[1].strip() for line in lines[2:6]] == [
-        *("Random", "RepeatFactor", "InstanceAwareRepeatFactor", "ExponentialRepeatFactor")
-    ]
-    assert table.read_text().startswith("sampler,images,")
+def test_every_sampler_has_a_row(tiny_cfg, monkeypatch):
+    monkeypatch.setattr(exposure, "training_records", lambda cfg: RECORDS)
+    header, rows = exposure.exposure_table(tiny_cfg("MODEL.BAGS.GROUP_THRESHOLDS", "(2,)"))
+    assert header == ["sampler", "images", "[0, 2): 2 classes", "[2, inf): 1 classes"]
+    assert [row[0] for row in rows][:3] == ["Random", "RepeatFactor", "InstanceAwareRepeatFactor"]
+    assert rows[0][1:] == [3.0, 1.0, 2.0]
+    # Draws a class of three, and then its only image: each of the two images counts 1 or 2 thirds.
+    balanced = next(row for row in rows if row[0] == "ClassBalanced")
+    assert balanced[1:] == pytest.approx([3.0, (2.0 + 1.0) / 2, 4.0])
