@@ -68,6 +68,11 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except BagsError as error:
         sys.exit(f"Error: {one_sentence(error)}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "detectron2"):
+            raise
+        name = error.name.capitalize().replace("Torch", "PyTorch")
+        sys.exit(f"Error: {name} is not installed here (docs/getting_started.md).")
     except RuntimeError as error:
         if own := worker_error(error):
             sys.exit(f"Error: {own}")

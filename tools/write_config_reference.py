@@ -19,11 +19,11 @@ What `bags_d2.add_bags_config` adds to Detectron2's keys
 ([Detectron2's own](https://detectron2.readthedocs.io/en/latest/modules/config.html#yaml-config-references)).
 Written by `python tools/write_config_reference.py` from `bags_d2/config/defaults.py`; edit that.
 
-A YAML holds what differs from its `_BASE_`: a path, or a list of them, relative to the file or the
-configs of this package. `--method NAME` lays a file of `configs/methods/` or `configs/ablations/`
-over a config, as a file with both as its `_BASE_` would; `KEY VALUE` at the end of a command takes
-precedence over all files. An integer is refused where the default is a float: write `8.0`. Infinity
-is `.inf`.
+A YAML holds what differs from its `_BASE_`: a path, or a list of them, relative to the file or to
+the configs of this package. `--method NAME` lays a file of `configs/methods/` or
+`configs/ablations/` over a config, as a file with both as its `_BASE_` would; `KEY VALUE` at the
+end of a command takes precedence over all files. An integer is refused where the default is a
+float: write `8.0`. Infinity is `.inf`.
 
 `OUTPUT_DIR` follows from the file's name where no file sets it, instead of Detectron2's `./output`:
 `lvis_baseline_R50.yaml` writes to `output/lvis_baseline_R50`, with `--method seesaw` to

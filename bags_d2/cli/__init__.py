@@ -9,15 +9,13 @@ in ``INTERRUPTED`` how to go on after Ctrl-C. A new module needs its row in ``CO
 import argparse
 import importlib
 import importlib.util
-import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
 from ..errors import exit_on_user_error
+from ..utils.quiet import silence_dependencies
 
 __all__ = ["COMMANDS", "build_parser", "main", "parse_args"]
 
@@ -47,16 +45,6 @@ COMMANDS = {
     "publish": "Checkpoints",
     "demo": "First steps",
 }
-
-# What dependencies say to programmers, or what a user of commands cannot change.
-_UNWANTED = (
-    ("", DeprecationWarning),
-    ("", FutureWarning),
-    ("torch.meshgrid", UserWarning),
-    ("pkg_resources is deprecated", UserWarning),
-    ("The given NumPy array is not writable", UserWarning),
-    ("This DataLoader will create", UserWarning),
-)
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -96,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Errors that a user can fix, and Ctrl-C, end the process with one sentence.
     """
-    _silence_dependencies()
+    silence_dependencies()
     module, args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         with exit_on_user_error():
@@ -146,12 +134,3 @@ def _overview() -> str:
         about = _module(name).__doc__.partition("\n")[0].rstrip(".")
         lines.append(f"  {name:<16}{about}")
     return "\n".join([*lines, "", "'bags-d2 COMMAND --help' shows the flags of a command.", ""])
-
-
-def _silence_dependencies() -> None:
-    """Ignore warnings of no use to the user, in this process and in those that it starts."""
-    for message, category in _UNWANTED:
-        warnings.filterwarnings("ignore", re.escape(message), category)
-    rules = [f"ignore:{message}:{category.__name__}" for message, category in _UNWANTED]
-    # The user's own come last, which gives them precedence.
-    os.environ["PYTHONWARNINGS"] = ",".join([*rules, *filter(None, [os.getenv("PYTHONWARNINGS")])])

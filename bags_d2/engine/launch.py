@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
 from ..errors import BagsError, ConfigError, one_sentence, worker_error
+from ..utils.quiet import silence_dependencies
 
 __all__ = ["launch", "process_count"]
 
@@ -53,12 +54,12 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
         raise ConfigError("--num-machines needs --dist-url tcp://HOST:PORT, of machine 0.")
     try:
         engine.launch(
-            main,
+            _run,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=main_args,
+            args=(main, main_args),
         )
     except multiprocessing.ProcessRaisedException as error:
         message = str(worker_error(error) or one_sentence(error))
@@ -74,6 +75,12 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             "others were stopped; run the same command with --resume to go on from the last "
             "checkpoint."
         ) from None
+
+
+def _run(main: Callable, args: tuple) -> None:
+    if multiprocessing.parent_process() is not None:
+        silence_dependencies()
+    main(*args)
 
 
 def _join_torchrun() -> None:

@@ -13,7 +13,6 @@ from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
     create_ddp_model,
-    default_setup,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -27,6 +26,7 @@ from ..errors import ConfigError, MissingFileError
 from ..utils.events import default_writers
 from ..utils.files import lock_folder
 from .launch import launch
+from .setup import setup_run
 
 __all__ = ["main", "train"]
 
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace):
 
 
 def _run(cfg, args):
-    default_setup(cfg, args)
+    setup_run(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="bags_d2")
     if not args.eval_only:
         return _train(cfg, args.resume)

@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from bags_d2 import ConfigError, DataError, MissingFileError
+from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError
 from bags_d2.data import load_lvis_format
 from bags_d2.data.class_statistics import count_classes
 from bags_d2.data.datasets import GLYPH_SETS, register_from_config
@@ -211,6 +211,20 @@ def test_configs_register_data_sets(kind, write_lvis, tmp_path, unregister):
     assert list(metadata.thing_classes) == ["ant", "bee", "cat"]
     with pytest.raises(ConfigError, match="of other files is registered already"):
         register_from_config([(row[0], kind, "other.json", str(tmp_path))])
+
+
+def test_a_plain_merge_registers_when_a_model_is_built(tiny_cfg, write_lvis, tmp_path, unregister):
+    path = write_lvis({3: "ant", 7: "bee"}, [(1, 7), (2, 7)])
+    config = tmp_path / "plain.yaml"
+    config.write_text(
+        "MODEL: {ROI_HEADS: {NUM_CLASSES: 2}, LONG_TAIL: {CLASS_COUNTS_FILE: ''}}\n"
+        f"DATASETS: {{REGISTER: [[plain_set, lvis, '{path}', '{tmp_path}']], TRAIN: [plain_set]}}"
+    )
+    unregister.append("plain_set")
+    cfg = tiny_cfg("MODEL.ROI_BOX_PREDICTOR.NAME", "BAGSOutputLayers")
+    cfg.merge_from_file(str(config))
+    model = BAGSTrainer.build_model(cfg)
+    assert model.roi_heads.box_predictor.groups.class_counts.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

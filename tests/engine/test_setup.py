@@ -146,7 +146,7 @@ def test_missing_annotations_are_named_with_their_source(cfg_of, register, name,
 
 def test_missing_glyphs_are_named_with_the_command_that_builds_them(cfg_of, register):
     register("glyphs_absent_train", "gone/annotations.json")
-    with pytest.raises(MissingFileError, match=r"datasets/prepare_glyphs\.py .*glyphs_absent'"):
+    with pytest.raises(MissingFileError, match=r"bags-d2 prepare glyphs glyphs_absent'"):
         check_files(cfg_of("DATASETS.TRAIN", ("glyphs_absent_train",)))
 
 

@@ -100,6 +100,14 @@ def test_class_columns_are_a_bijection_onto_all_but_the_shared_columns(counts, t
     assert torch.equal(starts[groups.class_to_group] + slots, groups.class_to_column)
 
 
+def test_counts_may_be_a_mapping_in_class_order():
+    named = ClassGroups.from_counts({"a": 5, "b": 2000, "c": 12})
+    listed = ClassGroups.from_counts([5, 2000, 12])
+    assert torch.equal(named.class_to_group, listed.class_to_group)
+    with pytest.raises(ConfigError, match="whole number"):
+        ClassGroups.from_counts({"a": 5, "b": -1})
+
+
 def test_a_group_may_be_empty_and_keeps_its_others_column():
     groups = ClassGroups.from_counts([50, 5000])
     assert groups.sizes == (0, 1, 0, 1)
