@@ -204,7 +204,7 @@ def test_the_page_lists_these_cases():
 
 
 def train(args):
-    """As train_net.py does it, in this process."""
+    """As bags-d2 train does it, in this process."""
     check_files(setup_cfg(args), args.eval_only, args.resume, process_count(args))
     training.main(args)
 

@@ -23,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
     import sys
 
     script = importlib.import_module(f"bags_d2.data.scripts.prepare_{args.data_set}")
-    sys.argv[0] = f"bags-d2 prepare {args.data_set}"  # for the usage that its parser shows
-    script.main(args.flags)
+    sys.argv = [f"bags-d2 prepare {args.data_set}", *args.flags]
+    script.main()
