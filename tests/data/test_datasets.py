@@ -214,7 +214,7 @@ def test_configs_register_data_sets(kind, write_lvis, tmp_path, unregister):
 
 
 @pytest.mark.parametrize(
-    "row", ["text", ("a", "coco", "b"), ("a", "voc", "b", "c"), ("a", "coco", "b", 3)]
+    "row", ["text", ("a", "coco", "b"), ("a", "csv", "b", "c"), ("a", "coco", "b", 3)]
 )
 def test_faulty_rows_are_refused(row):
     with pytest.raises(ConfigError, match=r"DATASETS\.REGISTER must hold rows"):
