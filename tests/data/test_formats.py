@@ -12,12 +12,14 @@ from pathlib import Path
 
 import format_sets
 import numpy as np
+import own_data
 import pycocotools.mask as mask_utils
 import pytest
 import small_set
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.env import seed_all_rng
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,11 +37,13 @@ from test_annotations import (
 from bags_d2 import BagsError, ConfigError, DataError, MissingFileError
 from bags_d2.analysis.method_runs import _data_record
 from bags_d2.cli import convert_data
-from bags_d2.data.build import check_dataset, check_datasets
+from bags_d2.data.build import check_dataset, check_datasets, training_records
 from bags_d2.data.datasets import class_names, register_from_config
 from bags_d2.data.formats import find_dataset, read_row
 from bags_d2.data.formats.convert import convert_dataset
 from bags_d2.data.images import read_image
+from bags_d2.data.loader import LongTailDatasetMapper
+from bags_d2.fitting.cache import cache_settings
 
 KINDS = ("yolo", "voc", "labelme")
 
@@ -130,6 +134,49 @@ def test_a_folder_that_cannot_be_written_to_is_read(sets):
         listing = sorted(folder.rglob("*"))
         read_row(*sets[kind])
         assert sorted(folder.rglob("*")) == listing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_of_features_notices_edits(kind, sets, register, cfg_of, tmp_path):
+    name = register(*sets[kind])
+    (tmp_path / "model.pth").write_bytes(b"weights")
+    cfg = cfg_of([name], (), "MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    before = cache_settings(cfg, training_records(cfg))
+    assert cache_settings(cfg, training_records(cfg)) == before
+    pattern = {"yolo": r"(?<=\.)\d", "voc": r"(?<=<ymax>)\d", "labelme": r"(?<=\[\[)\d"}[kind]
+    path = file_of(kind, sets[kind])
+    path.write_text(re.sub(pattern, "9", path.read_text(), count=1))
+    after = cache_settings(cfg, training_records(cfg))
+    assert {key for key in before if before[key] != after[key]} == {"annotations"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask_on"),
+    [
+        (kind, mask)
+        for kind in (*KINDS, "coco")
+        for mask in (False, True)
+        if (kind, mask) != ("voc", 1)
+    ],
+)
+def test_what_is_converted_trains_to_the_same_bits(kind, mask_on, tmp_path, register, cfg_of):
+    own_data.build(tmp_path / "mine")
+    rows = find_dataset(tmp_path / "mine")
+    passes = []
+    for row in (rows[0], convert_dataset(rows, kind, tmp_path / "out")[0]):
+        name = register(*row[1:])
+        cfg = cfg_of([name], (), "MODEL.ROI_HEADS.NUM_CLASSES", 7, "MODEL.MASK_ON", mask_on)
+        mapper, found = LongTailDatasetMapper(cfg, is_train=True), []
+        for record in training_records(cfg):
+            seed_all_rng(0)
+            found.append(mapper(record)["instances"])
+        passes.append(found)
+    for a, b in zip(*passes, strict=True):
+        assert torch.equal(a.gt_boxes.tensor, b.gt_boxes.tensor)
+        assert torch.equal(a.gt_classes, b.gt_classes)
+        if mask_on:
+            for p, q in zip(a.gt_masks.polygons, b.gt_masks.polygons, strict=True):
+                np.testing.assert_allclose(p, q, atol=1e-9)
 
 
 # Row by row, what docs/datasets.md says
@@ -383,6 +430,7 @@ REFUSED = {
     "cut off": (("voc", "labelme"), lambda k, r: file_of(k, r).write_bytes(
         file_of(k, r).read_bytes()[:90]), r"train1\.(xml|json)' is not valid (XML|JSON)"),
     "entities": (("voc",), whole(BOMB), r"train1\.xml' has a DOCTYPE"),
+    "too large": (("voc",), lambda k, r: os.truncate(file_of(k, r), 64_000_001), "is too large"),
     "another encoding": (("yolo", "voc"), lambda k, r: file_of(k, r).write_bytes(
         BOMB.encode("utf-16")), "is not text in UTF-8"),
     "listed but absent": (("voc",), list_more, r"train\.txt' lists 'absent', of which there is no"),
@@ -416,6 +464,63 @@ def test_what_has_no_meaning_is_refused_before_training(case, kind, sets, regist
     with pytest.raises(BagsError, match=sentence) as refusal:
         check_dataset(cfg_of([name]), name, training=True)
     assert "\n" not in str(refusal.value)
+
+
+# Each row of the tables in docs/datasets.md, with cases or tests of it.
+PAGE = {
+    "subfolders; suffixes of images in capitals; hidden files": [
+        *("subfolders", "suffix in capitals", "hidden files"),
+    ],
+    "polygons": ["polygon"],
+    "shapes of one label and `group_id`": ["polygons of a group", "corners in any order"],
+    "`names` as a list, an object or numbers": ["names as a list", "names as numbers"],
+    "blank lines, a byte order mark, class numbers like `1.0`": [
+        *("blank lines and a byte order mark", "class as 1.0"),
+    ],
+    "an image without a label file": ["image without label file"],
+    "sizes that are missing or 0, and all sizes of YOLO": [
+        *("size missing", "test_sizes_are_those_of_images_as_they_are_shown"),
+    ],
+    "coordinates of boxes": ["test_every_format_gives_the_records_of_coco"],
+    "`difficult` (labelme: a flag)": ["difficult"],
+    "images without an annotation file, which nobody may have looked at": ["image without JSON"],
+    "annotation files without an image": ["file without image"],
+    "points, lines and other shapes": ["points and lines"],
+    "lines that are neither 5 numbers nor a polygon of 3 points or more": [
+        *("words", "confidence", "point too few"),
+    ],
+    "classes that `data.yaml` has no name for": ["class too high", "class negative"],
+    "NaN, and values more than 0.01 below 0 or above 1": ["NaN", "pixels", "negative"],
+    "`data.yaml` without names, or of keypoints": ["no names", "keypoints"],
+    "objects without a name or a box of four numbers; NaN": [
+        *("empty name", "no xmin", "NaN in xmin", "label of a number", "point of NaN"),
+    ],
+    "classes that `classes.txt` does not list": ["class that is not listed"],
+    "a `DOCTYPE`, without which no entity can be defined or expand; files above 64 MB": [
+        *("entities", "too large"),
+    ],
+    "files that are cut off, of another format or not in UTF-8": [
+        *("cut off", "other XML", "no shapes", "another encoding"),
+    ],
+    "a list that names an image without file or annotations": [
+        *("listed but absent", "listed without annotation"),
+    ],
+    "two images whose paths differ in the suffix alone": ["two images of a name"],
+    "annotations of another kind than registered": [
+        "test_another_kind_is_refused_with_the_right_one"
+    ],
+}
+
+
+def test_the_page_lists_what_is_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    section = page.split("## YOLO, Pascal VOC and LabelMe")[1].split("### Converting")[0]
+    tables = section.split("has a case for each row.")[1]
+    rows = [line.split("|")[1].strip() for line in tables.splitlines() if line.startswith("|")]
+    heads = ("accepted", "left out everywhere", "refused in one sentence", "---")
+    assert [row for row in rows if row not in heads] == list(PAGE)
+    known = {*ACCEPTED, *LEFT_OUT, *REFUSED, *globals()}
+    assert {case for shown in PAGE.values() for case in shown} <= known
 
 
 # Kinds that are not those of the data
@@ -700,8 +805,6 @@ def test_there_and_back_without_loss(contents, kinds, tmp_path_factory):
         return
     has_crowds, has_masks = True, True
     for kind in kinds:
-        if kind == "yolo" and not all(read.is_object.any() for read in before):
-            continue  # files of labels alone say that it is YOLO
         rows = convert_dataset(rows, kind, root / kind)
         has_crowds, has_masks = has_crowds and kind != "yolo", has_masks and kind != "voc"
         assert [(name.rpartition("_")[2], own) for name, own, *_ in rows] == [
@@ -854,25 +957,9 @@ def test_the_command_prints_rows_that_register(both, tmp_path, capsys):
 
 # Whatever a file holds
 
-TOKENS = st.sampled_from(
-    [
-        *"01x<{}[],\n \x00é",
-        "-1",
-        "0.5",
-        "nan",
-        "inf",
-        "1e999",
-        "</object>",
-        "<object>",
-        "<bndbox>",
-        "<name>red</name>",
-        "<xmin>3</xmin>",
-        '"shapes":',
-        '"points":',
-        '"label":"red"',
-        "null",
-    ]
-)
+TAGS = ["</object>", "<object>", "<bndbox>", "<name>red</name>", "<xmin>3</xmin>"]
+KEYS = ['"shapes":', '"points":', '"label":"red"', "null"]
+TOKENS = st.sampled_from([*"01x<{}[],\n \0é", "-1", "0.5", "nan", "inf", "1e999", *TAGS, *KEYS])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -15,16 +15,16 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import BagsError, DataError, MissingFileError
 from ..annotations import AnnotationSet, check_annotations, read_annotations
 from ..images import image_size
 from . import labelme, voc, yolo
-from .common import IMAGE_SUFFIXES, SPLITS, Place, list_files
+from .common import IMAGE_SUFFIXES, SPLITS, Place, list_files, walk
 
-__all__ = ["FOLDER_KINDS", "Row", "find_dataset", "kind_of", "read_folder", "read_row"]
+__all__ = ["FOLDER_KINDS", "Row", "find_dataset", "read_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,15 @@ FOLDER_KINDS = {"yolo": yolo, "voc": voc, "labelme": labelme}
 
 
 def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:
-    """The annotations of a data set of any kind; see ``register_annotation_file``.
+    """Read, check and normalize the annotations of a data set; again only if they have changed.
+
+    In a folder the id of an image is its path below the folder of images, that of an annotation its
+    file and line, object or shape.
+
+    Args:
+        kind: "coco", "lvis" or of ``FOLDER_KINDS``.
+        source: the annotation file; for the others see ``locate`` in the module of the format.
+        image_root: the folder of images.
 
     Raises:
         MissingFileError: if a folder or file that is named does not exist.
@@ -44,34 +52,21 @@ def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:
     try:
         if kind not in FOLDER_KINDS:
             return read_annotations(source)
-        return read_folder(kind, source, image_root)
+        place, images = _locate(kind, source, image_root)
+        paths = [os.path.join(image_root, file) for file in images.values()]
+        paths += [os.path.join(place.folder, file) for file in place.files.values()]
+        return _read_version(kind, source, image_root, _version([*paths, *place.lists]))
     except BagsError as error:
         raise _wrong_kind(kind, source) or error from None
 
 
-def read_folder(kind: str, source: str, image_root: str) -> AnnotationSet:
-    """Read, check and normalize a data set of one file for each image; again only if it changed.
-
-    The id of an image is its path below the folder of images, that of an annotation its file and
-    line, object or shape.
-
-    Args:
-        kind: of ``FOLDER_KINDS``; ``locate`` in its module says what the others are.
-        source: where annotations or class names are.
-        image_root: the folder of images.
-    """
-    place, images = _locate(kind, source, image_root)
+def _version(paths: Iterable[str | os.PathLike]) -> bytes:
     digest = hashlib.sha256()
-    for folder, files in (
-        (image_root, images.values()),
-        (place.folder, place.files.values()),
-        ("", place.lists),
-    ):
-        for path in (os.path.join(folder, file) for file in files):
-            found = os.stat(path) if os.path.exists(path) else None
-            version = found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            digest.update(os.fsencode(f"{path}\0{version}\n"))
-    return _read_version(kind, source, image_root, digest.digest())
+    for path in paths:
+        found = os.stat(path) if os.path.exists(path) else None
+        version = found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        digest.update(os.fsencode(f"{path}\0{version}\n"))
+    return digest.digest()
 
 
 @functools.lru_cache(maxsize=8)
@@ -101,8 +96,8 @@ def _read_version(kind: str, source: str, image_root: str, version: bytes) -> An
             (width, height), found = module.parse(path, read_size, place.names)
         else:
             (width, height), found = read_size(), []
-        row = {"id": images[stem], "file_name": images[stem], "width": width, "height": height}
-        rows.append(row)
+        rows.append({"id": images[stem], "file_name": images[stem]})
+        rows[-1].update(width=width, height=height)
         for row in found:
             row.update(id=f"{place.files[stem]} {row.pop('where')}", image_id=images[stem])
             if "left out" in row:
@@ -141,9 +136,7 @@ def _locate(kind: str, source: str, image_root: str) -> tuple[Place, dict[str, s
 
 def _wrong_kind(kind: str, source: str) -> DataError | None:
     """The error for a source of another kind than it is registered as; None if it is of that."""
-    path = Path(source)
-    files = itertools.islice(_files(path), 100) if path.is_dir() else [path]
-    kinds = [found for file in files if (found := kind_of(file))]
+    kinds = list(itertools.islice(_kinds(Path(source)), 100))
     if not kinds or kind in kinds or (kind == "lvis" and "coco" in kinds):
         return None
     found = kinds[0]
@@ -154,11 +147,14 @@ def _wrong_kind(kind: str, source: str) -> DataError | None:
     )
 
 
-def kind_of(path: Path) -> str | None:
-    """Kind of a file, or of the first file of a folder that is of any; None if it is of none."""
-    if path.is_dir():
-        return next((kind for file in _files(path) if (kind := kind_of(file))), None)
-    if not path.is_file() or path.suffix not in (".json", ".txt", ".xml", ".yaml", ".yml"):
+def _kinds(path: Path) -> Iterator[str]:
+    """The kinds of a file, or of the files of a folder, that are of any."""
+    paths = (path / file for file in walk(path)) if path.is_dir() else [path]
+    return (kind for file in paths if (kind := _kind_of_file(file)))
+
+
+def _kind_of_file(path: Path) -> str | None:
+    if path.suffix not in (".json", ".txt", ".xml", ".yaml", ".yml") or not path.is_file():
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
         head = file.read(65_536)
@@ -172,12 +168,6 @@ def kind_of(path: Path) -> str | None:
     if len(path.parents) > 2 and (path.parents[2] / "Annotations").is_dir():
         return "voc"
     return "yolo" if re.match(r"\s*\d+([ \t]+[-+.\de]+){4,}[ \t]*$", head, re.MULTILINE) else None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(where, name) for name in sorted(names))
 
 
 def find_dataset(path: str | os.PathLike) -> list[Row]:
@@ -198,7 +188,7 @@ def find_dataset(path: str | os.PathLike) -> list[Row]:
     path = Path(path)
     if not path.exists():
         raise MissingFileError(f"'{path}' does not exist; name the folder of a data set.")
-    kind, folder = kind_of(path), path if path.is_dir() else path.parent
+    kind, folder = next(_kinds(path), None), path if path.is_dir() else path.parent
     if kind is None:
         raise DataError(
             f"'{path}' has no annotations in COCO, LVIS, YOLO, Pascal VOC or LabelMe format; name "
@@ -217,8 +207,8 @@ def find_dataset(path: str | os.PathLike) -> list[Row]:
 
 def _find_json(path: Path) -> Iterator[tuple[str, Path, Path, str]]:
     folder = path if path.is_dir() else path.parent
-    everything = list(_files(folder))
-    files = [f for f in everything if f.suffix == ".json" and kind_of(f) == "coco"]
+    everything = [folder / file for file in walk(folder)]
+    files = [f for f in everything if f.suffix == ".json" and _kind_of_file(f) == "coco"]
     # COCO's own folder has captions and keypoints of the same images.
     files = [path] if path != folder else sorted(files, key=lambda f: "instances" not in f.name)
     found = {}

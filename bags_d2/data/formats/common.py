@@ -1,7 +1,7 @@
 """What the formats of folders share: where their files are, and shapes."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,37 +54,39 @@ def classes_of(*folders: Path) -> tuple[list[str] | None, tuple[Path, ...]]:
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
-    """Files below a folder, hidden ones aside: relative path by relative path without suffix.
+    """Files below a folder, as of :func:`walk`: path by path without suffix.
 
     Raises:
         MissingFileError: if there is no such folder, or one in it cannot be listed.
         DataError: if two files differ in their suffix alone.
     """
+    found = {}
+    for path in walk(folder):
+        stem, suffix = os.path.splitext(path)
+        if suffix.lower() in suffixes and found.setdefault(stem, path) != path:
+            raise DataError(
+                f"'{found[stem]}' and '{path}' in '{folder}' differ in their suffix alone, so that "
+                "one annotation file would serve both; rename one."
+            )
+    return found
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Paths below a folder, relative to it and in order, of all files that are not hidden."""
 
     def fail(error: OSError) -> None:
         raise MissingFileError(
             f"Folder '{error.filename}' cannot be read ({error.strerror}); correct the path."
         )
 
-    found, seen = {}, set()
+    seen = set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        key = os.stat(where)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if (key.st_dev, key.st_ino) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add((key.st_dev, key.st_ino))
-        for name in names:
-            path = os.path.join(where, name)[len(os.fspath(folder)) :].lstrip("/")
-            stem, suffix = os.path.splitext(path)
-            if suffix.lower() in suffixes and not name.startswith("."):
-                if stem in found:
-                    raise DataError(
-                        f"'{found[stem]}' and '{path}' in '{folder}' differ in their suffix alone, "
-                        "so that one annotation file would serve both; rename one."
-                    )
-                found[stem] = path
-    return found
+        found = os.stat(where)
+        is_new = (found.st_dev, found.st_ino) not in seen  # not a link to a folder above
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        prefix = os.path.join(os.path.relpath(where, folder), "").removeprefix("./")
+        yield from (prefix + name for name in sorted(names) if is_new and not name.startswith("."))
 
 
 def read_text(path: str | os.PathLike) -> str:

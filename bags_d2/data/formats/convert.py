@@ -76,8 +76,12 @@ def convert_dataset(
         (shutil.copyfile if copy_images else os.symlink)(local, target)
         objects = _objects(image.pop("read"), image.pop("position"), number_of)
         splits[image["split"]].append((image, objects))
+        for row in objects if module else ():
+            if isinstance(row["segmentation"], dict):
+                lost["run-length codes written as outlines, if at all"] += 1
+                mask = GenericMask(row["segmentation"], image["height"], image["width"])
+                row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
         if module:
-            _with_polygons(image, objects, lost)
             _write(partial, *module.encode(image, objects, lost))
     stems = {split: [image["stem"] for image, _ in found] for split, found in splits.items()}
     files = module.finish(stems, list(names)) if module else _coco_files(splits, names)
@@ -122,14 +126,6 @@ def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> l
         row.update({"name": name, "class": number_of[name], "ignore": int(read.ignored[number])})
         row.update(area=float(read.areas[number]), segmentation=row.get("segmentation") or [])
     return objects
-
-
-def _with_polygons(image: dict, objects: list[dict], lost: Counter) -> None:
-    for row in objects:
-        if isinstance(row["segmentation"], dict):
-            lost["run-length codes written as outlines, if at all"] += 1
-            mask = GenericMask(row["segmentation"], image["height"], image["width"])
-            row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
 
 
 def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]:

@@ -107,7 +107,7 @@ def encode(image: dict, objects: list[dict], lost: Counter) -> tuple[str, str]:
         lost["masks left out"] += bool(row["segmentation"])
         x, y, w, h = row["bbox"]
         corners = zip(_SIDES, (x + 1, y + 1, x + w, y + h), strict=True)
-        box = "".join(f"<{side}>{value:.10g}</{side}>" for side, value in corners)
+        box = "".join(f"<{side}>{value:.15g}</{side}>" for side, value in corners)
         difficult = int(row["iscrowd"] or row["ignore"])
         lines.append(
             f"<object><name>{escape(row['name'])}</name><difficult>{difficult}</difficult>"
