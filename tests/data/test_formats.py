@@ -466,6 +466,17 @@ def test_what_has_no_meaning_is_refused_before_training(case, kind, sets, regist
     assert "\n" not in str(refusal.value)
 
 
+def test_what_a_voc_folder_lacks_is_left_out(sets):
+    source, root = Path(sets["voc"][1]).parents[2] / "Annotations", sets["voc"][2]
+    assert read_row("voc", str(source), root).instance_counts().sum() == 18
+    (source / "train1.xml").unlink()
+    Path(root, "train2.png").unlink()
+    read = read_row("voc", str(source), root)
+    assert read.instance_counts().sum() == 12
+    assert "images without annotation file left out: 1" in read.summary
+    assert "annotation files without image left out (as ['train2']): 1" in read.summary
+
+
 # Each row of the tables in docs/datasets.md, with cases or tests of it.
 PAGE = {
     "subfolders; suffixes of images in capitals; hidden files": [
@@ -483,7 +494,9 @@ PAGE = {
     ],
     "coordinates of boxes": ["test_every_format_gives_the_records_of_coco"],
     "`difficult` (labelme: a flag)": ["difficult"],
-    "images without an annotation file, which nobody may have looked at": ["image without JSON"],
+    "images without an annotation file, which nobody may have looked at": [
+        *("image without JSON", "test_what_a_voc_folder_lacks_is_left_out"),
+    ],
     "annotation files without an image": ["file without image"],
     "points, lines and other shapes": ["points and lines"],
     "lines that are neither 5 numbers nor a polygon of 3 points or more": [
