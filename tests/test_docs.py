@@ -25,6 +25,7 @@ KNOWN_NEEDS = {
     *("network", "lvis", "gpu", "slurm", "checkpoints"),
     *("minutes", "hours"),  # too long for a test; the commands have tests of their own
     "demo",  # the output of make demo
+    "data",  # of the reader's own; the commands have tests of their own
 }
 
 

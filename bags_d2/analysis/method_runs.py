@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import BASELINE, current_name, former_names, list_methods, run_name
-from ..data.datasets import missing_dataset_message
+from ..data.datasets import dataset_annotations, missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.files import content_hash, load_json, write_json
@@ -424,6 +425,9 @@ def _data_record(names: Sequence[str]) -> dict[str, str]:
             if not os.path.isfile(metadata.json_file):
                 raise MissingFileError(missing_dataset_message(name, metadata.json_file))
             record[f"annotation file of {name}"] = content_hash(metadata.json_file)[:16]
+        elif (annotations := dataset_annotations(name)) is not None:
+            read = json.dumps([annotations.names, annotations.records("")], default=list)
+            record[f"annotations of {name}"] = hashlib.sha256(read.encode()).hexdigest()[:16]
         digest, root = hashlib.sha256(), metadata.get("image_root")
         for path in sorted(r["file_name"] for r in DatasetCatalog.get(name)):
             found = os.stat(path) if os.path.isfile(path) else None

@@ -16,8 +16,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import rename_keys
-from ..data.annotations import read_annotations
-from ..data.datasets import dataset_annotations, register_from_config
+from ..data.datasets import evaluated_annotations, register_from_config
 from ..engine.setup import setup_cfg
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, ap_per_bin, balanced_ap
@@ -129,14 +128,7 @@ def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
             f"Data set '{run.dataset}' of '{run.folder}' is not registered here; add --config-file "
             "with the config of the run."
         )
-    truth, metadata = dataset_annotations(run.dataset), MetadataCatalog.get(run.dataset)
-    if truth is None:  # The loader is the user's own; evaluation read the file in the metadata.
-        if metadata.get("json_file") is None:
-            raise DataError(
-                f"Data set '{run.dataset}' has no json_file in its metadata; register it with its "
-                "annotation file."
-            )
-        truth = read_annotations(metadata.json_file)
+    truth, metadata = evaluated_annotations(run.dataset), MetadataCatalog.get(run.dataset)
     known, ids = set(run.category_ids), [_id(i) for i in truth.categories.outside]
     is_lvis, root = metadata.get("evaluator_type") == "lvis", metadata.get("image_root") or ""
     boxes, classes, is_object = (a.tolist() for a in (truth.boxes, truth.classes, truth.is_object))

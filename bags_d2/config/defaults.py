@@ -114,8 +114,9 @@ def add_bags_config(cfg: CfgNode) -> None:
     # stops with an error. Such a step never reaches the weights.
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
 
-    # Data sets to register: rows (name, "coco" or "lvis", annotation file, folder of images), for
-    # use in DATASETS.TRAIN and DATASETS.TEST.
+    # Data sets to register: rows (name, kind, annotation file or folder, folder of images), for use
+    # in DATASETS.TRAIN and DATASETS.TEST. Kinds are "coco", "lvis", "yolo", "voc" and "labelme"
+    # (docs/datasets.md).
     cfg.DATASETS.REGISTER = ()
     # Check annotation files for faults before training and evaluation. Of the size of LVIS's that
     # takes half a minute.

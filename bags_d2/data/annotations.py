@@ -1,9 +1,9 @@
-"""The one reader of annotation files in COCO and LVIS format.
+"""The one reader of annotations: files in COCO and LVIS format, and what is brought into theirs.
 
 Counting, training, evaluation and the report take their data from here, so what is counted is what
 is trained on and what is evaluated. A file is read once in a process. Whatever has one meaning is
 normalized; whatever has none is refused in one sentence, before training. docs/datasets.md lists
-both.
+both. Folders of other formats (data/formats) come here as what such a file would hold.
 
 Shapes in this file: N annotations, I images, K categories.
 """
@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..utils.files import load_json, require_file
 from .masks import Masks
 
-__all__ = ["AnnotationSet", "Ids", "read_annotations"]
+__all__ = ["AnnotationSet", "Ids", "check_annotations", "read_annotations"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class AnnotationSet:
         annotation_ids: N ids as in the file, for messages.
         has_annotations: whether the file lists any; a test set need not.
         summary: what was read, left out and computed, in one line.
+        lists_all_classes: whether ``names`` are all classes, and not just those of some object.
     """
 
     path: str
@@ -121,6 +122,7 @@ class AnnotationSet:
     annotation_ids: Sequence[Id]
     has_annotations: bool
     summary: str
+    lists_all_classes: bool = True
 
     @functools.cached_property
     def is_object(self) -> np.ndarray:
@@ -322,7 +324,23 @@ def read_annotations(path: str | os.PathLike) -> AnnotationSet:
 def _read_version(path: str, local: str, version: tuple[int, ...]) -> AnnotationSet:
     if version[1] > 100_000_000:
         logger.info("Reading '%s' ...", path)
-    content = load_json(local)
+    return check_annotations(path, load_json(local))
+
+
+def check_annotations(
+    path: str, content: Any, notes: Sequence[str] = (), lists_all_classes: bool = True
+) -> AnnotationSet:
+    """Check and normalize what an annotation file holds, or a folder of another format.
+
+    Args:
+        path: for messages.
+        content: in COCO's or LVIS's format; its annotations are taken out.
+        notes: what the summary says besides.
+        lists_all_classes: see :class:`AnnotationSet`.
+
+    Raises:
+        DataError: for the first thing that has no meaning.
+    """
     if not isinstance(content, dict):
         raise DataError(f"'{path}' has no list 'images': not a COCO or LVIS annotation file.")
     category_rows = _section(path, content, "categories")
@@ -338,6 +356,8 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
     image_rows = sorted(image_rows, key=lambda row: images.position(row["id"]))
     image_rows = [_image(path, row, categories) for row in image_rows]
     frequencies = [row.get("frequency") for row in category_rows]
+    columns = _columns(path, annotations, image_rows, images, categories)
+    columns["summary"] = "; ".join([columns["summary"], *notes])
     return AnnotationSet(
         path=path,
         images=images,
@@ -346,7 +366,8 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
         frequencies=tuple(f if f in _FREQUENCIES else None for f in frequencies),
         image_rows=image_rows,
         has_annotations=bool(annotations),
-        **_columns(path, annotations, image_rows, images, categories),
+        lists_all_classes=lists_all_classes,
+        **columns,
     )
 
 

@@ -155,7 +155,8 @@ def evaluated_classes(
             f"'{json_file}' lists other classes than the model was trained on, and they cannot be "
             f"matched by name, since {twice[0]!r} names several; give each a name of its own."
         )
-    missing = sorted(set(model_names) - set(names))
+    # Where names are those of objects, classes may lack theirs.
+    missing = sorted(set(model_names) - set(names)) if annotations.lists_all_classes else []
     extra = sorted(set(names) - set(model_names))
     common = len(names) - len(extra)
     if common == 0 or ((missing or extra) and not in_common):

@@ -1,4 +1,4 @@
-"""Registration of data sets of annotation files, and of the built-in ones."""
+"""Registration of data sets of annotation files and folders, and of the built-in ones."""
 
 import functools
 import os
@@ -9,6 +9,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
 from .annotations import AnnotationSet, read_annotations
+from .formats import FOLDER_KINDS, read_row
 from .lvis_v1 import lvis_v1_counts
 
 # What datasets/prepare_glyphs.py draws.
@@ -18,6 +19,7 @@ __all__ = [
     "adopt",
     "class_names",
     "dataset_annotations",
+    "evaluated_annotations",
     "load_annotation_file",
     "load_lvis_format",
     "missing_dataset_message",
@@ -27,7 +29,7 @@ __all__ = [
     "register_lvis_format",
 ]
 
-KINDS = ("coco", "lvis")
+KINDS = ("coco", "lvis", *FOLDER_KINDS)
 
 # Where Detectron2's own loaders of annotation files are defined, which register_coco_instances,
 # register_lvis_instances and the built-in data sets use.
@@ -49,16 +51,21 @@ def register_annotation_file(name: str, kind: str, json_file: str, image_root: s
 
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        kind: "coco" or "lvis": where images are found, and by which measures they are evaluated.
-        json_file: the annotation file, with classes of any kind and ids of any numbering.
+        kind: "coco" or "lvis": where images are found, and by which measures they are evaluated;
+            or "yolo", "voc" or "labelme", evaluated as COCO.
+        json_file: the annotation file, with classes of any kind and ids of any numbering; for other
+            kinds what ``formats.read_row`` takes.
         image_root: folder that the images' paths start from.
     """
     DatasetCatalog.register(
         name, functools.partial(load_annotation_file, json_file, image_root, name, kind)
     )
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
-    if MetadataCatalog.get(name).get("evaluator_type") is None:
-        MetadataCatalog.get(name).set(evaluator_type=kind)
+    metadata = MetadataCatalog.get(name)
+    metadata.set(image_root=image_root)
+    if kind not in FOLDER_KINDS:
+        metadata.set(json_file=json_file)
+    if metadata.get("evaluator_type") is None:
+        metadata.set(evaluator_type="coco" if kind in FOLDER_KINDS else kind)
 
 
 def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
@@ -83,7 +90,7 @@ def load_annotation_file(
         json_file: the annotation file.
         image_root: folder that the images' paths start from.
         dataset_name: name of the data set, for the metadata.
-        kind: "coco" or "lvis"; see :meth:`AnnotationSet.records`.
+        kind: see :func:`register_annotation_file`.
 
     Returns:
         One record for each image, in the order of image ids.
@@ -92,7 +99,7 @@ def load_annotation_file(
         MissingFileError: if there is no such file.
         DataError: if something in it has no meaning.
     """
-    annotations = _read(json_file, dataset_name)
+    annotations = _read(json_file, image_root, dataset_name, kind)
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None:
         metadata.set(thing_classes=list(annotations.names))
@@ -126,7 +133,7 @@ def adopt(name: str) -> None:
 
 
 def dataset_annotations(name: str) -> AnnotationSet | None:
-    """The annotation file that a data set is loaded from; None if its loader is the user's own.
+    """The annotations that a data set is loaded from; None if its loader is the user's own.
 
     Args:
         name: a registered data set.
@@ -141,7 +148,26 @@ def dataset_annotations(name: str) -> AnnotationSet | None:
     loader = DatasetCatalog[name]
     if getattr(loader, "func", None) is not load_annotation_file:
         return None
-    return _read(loader.args[0], name)
+    return _read(*loader.args)
+
+
+def evaluated_annotations(name: str) -> AnnotationSet:
+    """What a data set is evaluated on: the json_file of its metadata, else what it is loaded from.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        DataError: if something in it has no meaning, or the data set has no annotation file.
+    """
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if json_file is not None:
+        return read_annotations(json_file)
+    annotations = dataset_annotations(name) if name in DatasetCatalog else None
+    if annotations is None:
+        raise DataError(
+            f"Data set '{name}' has no json_file in its metadata; register it with its annotation "
+            "file."
+        )
+    return annotations
 
 
 def class_names(name: str) -> list[str]:
@@ -179,10 +205,10 @@ def missing_dataset_message(dataset_name: str, path: str) -> str:
     return f"'{path}' of data set '{dataset_name}' does not exist; {remedy}."
 
 
-def _read(json_file: str, dataset_name: str) -> AnnotationSet:
+def _read(json_file: str, image_root: str, dataset_name: str, kind: str) -> AnnotationSet:
     if not os.path.exists(PathManager.get_local_path(json_file)):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))
-    annotations = read_annotations(json_file)
+    annotations = read_row(kind, json_file, image_root)
     registered = MetadataCatalog.get(dataset_name).get("thing_classes")
     if registered is not None and len(registered) != len(annotations.names):
         raise DataError(
@@ -196,8 +222,8 @@ def register_from_config(rows: Sequence[Sequence[str]]) -> None:
     """Register the data sets that a config asks for (``DATASETS.REGISTER``).
 
     Args:
-        rows: for each data set its name, "coco" or "lvis", the annotation file and the folder of
-            images. The files need not exist before the data set is used.
+        rows: for each data set its name and kind, the annotation file and the folder of images; see
+            :func:`register_annotation_file`. The files need not exist before the data set is used.
 
     Raises:
         ConfigError: if a row is of another form, or its name is taken by another data set.
@@ -206,14 +232,13 @@ def register_from_config(rows: Sequence[Sequence[str]]) -> None:
         strings = isinstance(row, list | tuple) and all(isinstance(x, str) for x in row)
         if not strings or len(row) != 4 or row[1] not in KINDS:
             raise ConfigError(
-                "DATASETS.REGISTER must hold rows of (name, 'coco' or 'lvis', annotation file, "
+                f"DATASETS.REGISTER must hold rows of (name, one of {KINDS}, annotation file, "
                 f"folder of images), found {row!r}."
             )
         name, kind, json_file, image_root = row
         if name in DatasetCatalog:
-            known = MetadataCatalog.get(name)
-            files = (known.get("json_file"), known.get("image_root"), known.get("evaluator_type"))
-            if files != (json_file, image_root, kind):
+            adopt(name)
+            if getattr(DatasetCatalog[name], "args", None) != (json_file, image_root, name, kind):
                 raise ConfigError(
                     f"DATASETS.REGISTER: a data set '{name}' of other files is registered already; "
                     "choose another name."

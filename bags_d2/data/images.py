@@ -6,10 +6,12 @@ import numpy as np
 from detectron2.data import detection_utils
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import BagsError, DataError
 from ..utils.files import require_file
 
-__all__ = ["check_image", "read_image"]
+__all__ = ["check_image", "image_size", "read_image"]
+
+_ORIENTATION = 274  # of EXIF data; 5 to 8 are turned by a right angle
 
 
 def check_image(path: str | os.PathLike) -> None:
@@ -35,6 +37,23 @@ def check_image(path: str | os.PathLike) -> None:
         raise DataError(
             f"Image '{name}' has more than 8 bits a channel (mode {mode}); convert it to 8."
         )
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Width and height of an image as it is shown, turned by its EXIF data, from its header.
+
+    Raises:
+        MissingFileError, DataError: as :func:`check_image`.
+    """
+    try:
+        with Image.open(require_file(path)) as image:
+            # PNG's own getexif would decode the pixels.
+            turned = Image.Image.getexif(image).get(_ORIENTATION) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except BagsError:
+        raise
+    except Exception as error:  # damaged headers raise nearly anything
+        raise DataError(_unreadable(os.fspath(path), error)) from None
 
 
 def read_image(path: str | os.PathLike, format: str = "BGR") -> np.ndarray:

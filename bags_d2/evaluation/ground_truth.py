@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 
-from ..data.annotations import AnnotationSet, Id, read_annotations
+from ..data.annotations import AnnotationSet, Id
 from ..data.build import evaluated_classes
+from ..data.datasets import evaluated_annotations
 from ..errors import DataError
 
 __all__ = ["GroundTruth", "PredictionError"]
@@ -38,16 +38,16 @@ class GroundTruth:
 
     def __init__(
         self,
-        json_file: str | os.PathLike,
+        annotations: AnnotationSet,
         metadata: Mapping | None = None,
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
     ) -> None:
-        """See :func:`read_annotations`, and :func:`evaluated_classes` for the other arguments."""
-        self.path = os.fspath(json_file)
-        self.annotations: AnnotationSet = read_annotations(json_file)
+        """See :func:`evaluated_classes` for the arguments."""
+        self.path = annotations.path
+        self.annotations = annotations
         classes = evaluated_classes(
-            self.path, self.annotations, metadata or {}, class_names, in_common=common_classes_only
+            self.path, annotations, metadata or {}, class_names, in_common=common_classes_only
         )
         self.num_classes = len(classes if class_names is None else class_names)
         positions = np.flatnonzero(classes >= 0)
@@ -65,16 +65,14 @@ class GroundTruth:
 
     @classmethod
     def of_dataset(
-        cls, name: str, class_names: Sequence[str] | None, common_classes_only: bool
+        cls,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        common_classes_only: bool = False,
     ) -> GroundTruth:
-        """That of a data set with metadata; DataError if they name no annotation file."""
+        """That of a data set; see :func:`evaluated_annotations`."""
         metadata = MetadataCatalog.get(name)
-        if metadata.get("json_file") is None:
-            raise DataError(
-                f"Data set '{name}' has no json_file in its metadata; register it with its "
-                "annotation file."
-            )
-        return cls(metadata.json_file, metadata, class_names, common_classes_only)
+        return cls(evaluated_annotations(name), metadata, class_names, common_classes_only)
 
     @property
     def has_plain_ids(self) -> bool:

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from hotcoco import COCOeval, StreamingEval
 
+from ..data.annotations import read_annotations
 from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
 from .ap_fixed import BestDetections, evaluate_without_image_cap
@@ -75,7 +76,7 @@ def evaluate_lvis_predictions(
         ConfigError: for arguments out of range.
     """
     _check_options((iou_type,), max_dets_per_image)
-    truth = GroundTruth(json_file)
+    truth = GroundTruth(read_annotations(json_file))
     if not truth.annotations.has_annotations:
         raise DataError(f"'{truth.path}' has no annotations to evaluate against.")
     truth.annotations.require_federated()

@@ -84,8 +84,7 @@ def trained_on(cfg):
 
 def evaluated(name, kind, task="bbox"):
     """Objects of each class in the ground truth that an evaluator matches, ignored ones aside."""
-    metadata = MetadataCatalog.get(name)
-    truth = GroundTruth(metadata.json_file, metadata)
+    truth = GroundTruth.of_dataset(name)
     class_of = {row["id"]: c for row, c in zip(truth.categories, truth.classes, strict=True)}
     return Counter(
         class_of[t["category_id"]]

@@ -228,7 +228,7 @@ def test_a_plain_merge_registers_when_a_model_is_built(tiny_cfg, write_lvis, tmp
 
 
 @pytest.mark.parametrize(
-    "row", ["text", ("a", "coco", "b"), ("a", "voc", "b", "c"), ("a", "coco", "b", 3)]
+    "row", ["text", ("a", "coco", "b"), ("a", "csv", "b", "c"), ("a", "coco", "b", 3)]
 )
 def test_faulty_rows_are_refused(row):
     with pytest.raises(ConfigError, match=r"DATASETS\.REGISTER must hold rows"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bags_d2.data.annotations import read_annotations
 from bags_d2.evaluation import ap_per_bin, balanced_ap, bin_index
 from bags_d2.evaluation.bins import ClassReport
 from bags_d2.evaluation.ground_truth import GroundTruth
@@ -101,7 +102,7 @@ def truth(tmp_path):
     content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(content))
-    return GroundTruth(path)
+    return GroundTruth(read_annotations(path))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from lvis_reference import evaluate_with_lvis_api, random_lvis_set
 
 from bags_d2 import ConfigError
+from bags_d2.data.annotations import read_annotations
 from bags_d2.evaluation import bootstrap
 from bags_d2.evaluation.bootstrap import (
     bootstrap_ap,
@@ -51,7 +52,7 @@ def test_a_draw_is_the_data_set_with_images_repeated(seed, task, tmp_path):
         detection["score"] += i * 1e-6
     content = json.loads(path.read_text())
     content["images"].sort(key=lambda image: image["id"])  # as they are read
-    matches = match_detections(GroundTruth(path), detections, task, lvis=True)
+    matches = match_detections(GroundTruth(read_annotations(path)), detections, task, lvis=True)
     draws = np.concatenate([np.ones((1, 7)), draw_images(7, 3, seed)])
     found = bootstrap_ap(matches, draws)
     for draw, ap in zip(draws, found, strict=True):
@@ -78,7 +79,7 @@ def test_coco_style_counts_crowds_for_nothing(tmp_path):
         {"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9 - i / 10}
         for i, box in enumerate(reversed(boxes))
     ]
-    matches = match_detections(GroundTruth(path), detections, lvis=False)
+    matches = match_detections(GroundTruth(read_annotations(path)), detections, lvis=False)
     # The better one is on the crowd, and neither true nor false; class b has no object.
     np.testing.assert_allclose(bootstrap_ap(matches, np.ones((1, 1))), [[100.0, np.nan]])
 
