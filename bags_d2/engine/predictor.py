@@ -1,7 +1,8 @@
-"""From a config and a checkpoint to detections in one image."""
+"""From a config and a checkpoint to detections in images."""
 
 import argparse
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from ..checkpoint import LongTailCheckpointer
 from ..config import find_config, run_name
 from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
+from ..data.images import read_image
 from ..errors import ConfigError, DataError, MissingFileError
 from .setup import check_device, setup_cfg
 
 __all__ = ["LongTailPredictor"]
+
+ImageLike = np.ndarray | str | os.PathLike
 
 
 class LongTailPredictor(DefaultPredictor):
@@ -70,23 +74,58 @@ class LongTailPredictor(DefaultPredictor):
         counts = classes.training_instances
         self.class_counts = None if counts is None else torch.tensor(counts)
 
-    def __call__(self, original_image: np.ndarray) -> dict:
-        """Detect in one uint8 image (H, W, 3), BGR, as ``cv2.imread`` gives it (else DataError)."""
-        found = original_image
-        is_array = isinstance(found, np.ndarray)
-        if not is_array or found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
-            what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
+    def __call__(self, original_image: ImageLike | Sequence[ImageLike]) -> dict | list[dict]:
+        """Detect in one image, or in each of a list.
+
+        Args:
+            original_image: a uint8 array (H, W, 3) in BGR, as ``cv2.imread`` gives it, the path of
+                an image, or a list of either.
+
+        Returns:
+            {"instances": detections}, or a list of such: of each image what it gives alone.
+
+        Raises:
+            MissingFileError, DataError: if an image cannot be read, or is not as above.
+        """
+        if isinstance(original_image, np.ndarray | str | os.PathLike):
+            return self([original_image])[0]
+        if not isinstance(original_image, list | tuple):
+            raise DataError(_not_an_image(original_image))
+        inputs = [self.prepare(image) for image in original_image]
+        # Images of one size share a batch. Of several they would be padded to the largest, and
+        # their detections would depend on the company.
+        batches = defaultdict(list)
+        for position, record in enumerate(inputs):
+            batches[record["image"].shape].append(position)
+        outputs: list[dict] = [{}] * len(inputs)
+        with torch.no_grad():
+            for positions in batches.values():
+                found = self.model([inputs[position] for position in positions])
+                for position, output in zip(positions, found, strict=True):
+                    outputs[position] = output
+        return outputs
+
+    def prepare(self, image: ImageLike) -> dict:
+        """The model's input for an image: {"image": (3, h, w) resized, "height", "width"}."""
+        if isinstance(image, str | os.PathLike):
+            path, image = image, read_image(image)
+            try:
+                return self.prepare(image)
+            except DataError as error:
+                raise DataError(f"'{os.fspath(path)}': {error}") from None
+        is_array = isinstance(image, np.ndarray)
+        if not is_array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(_not_an_image(image))
+        height, width = image.shape[:2]
+        resize = self.aug.get_transform(image) if image.size else None
+        if not image.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
             raise DataError(
-                f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
-                "with bags_d2.data.images.read_image."
+                f"An image of {width} x {height} pixels is too narrow for INPUT.MIN_SIZE_TEST and "
+                "MAX_SIZE_TEST; crop it."
             )
-        resize = self.aug.get_transform(found) if found.size else None
-        if not found.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
-            raise DataError(
-                f"An image of {found.shape[1]} x {found.shape[0]} pixels is too narrow for "
-                "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; crop it."
-            )
-        return super().__call__(original_image)
+        resized = resize.apply_image(image[:, :, ::-1] if self.input_format == "RGB" else image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
 
     @classmethod
     def from_config_file(
@@ -124,6 +163,15 @@ class LongTailPredictor(DefaultPredictor):
             cfg.MODEL.DEVICE = device or "cpu"
         cfg.freeze()
         return cls(cfg)
+
+
+def _not_an_image(found: object) -> str:
+    is_array = isinstance(found, np.ndarray)
+    what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
+    return (
+        f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
+        "with bags_d2.data.images.read_image."
+    )
 
 
 def _trained_weights(cfg: CfgNode, config_file: str, method: str | None) -> str:

@@ -124,6 +124,12 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             self.test_topk_per_image,
         )
 
+    def __prepare_scriptable__(self):
+        raise ConfigError(
+            f"{type(self).__name__} cannot be scripted (scripting_with_instances); trace it: "
+            "bags-d2 export, or detectron2.export.TracingAdapter."
+        )
+
     def _boxes_to_decode(self, predictions, proposals) -> list[torch.Tensor | BoxDeltas]:
         # A subclass may decode in its own way, of which only the result is known.
         own_way = type(self).predict_boxes is not fast_rcnn.FastRCNNOutputLayers.predict_boxes
