@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from bags_d2 import ROI_BOX_PREDICTOR_REGISTRY, add_bags_config
-from bags_d2.engine.export import SUFFIXES, Deviation, deviation, eager, export_model, load_exported
+from bags_d2.engine.export import SUFFIXES, compare, detect, export_model, load_exported
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "tiny.yaml"
 CASCADE = (
@@ -56,16 +56,12 @@ def measure(model, format, sizes=SIZES):
     """The worst deviation over the images, and how many detections were compared."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *size), generator=generator) for size in sizes]
-    worst, count = Deviation(), 0
+    expected = [detect(model, image) for image in images]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{SUFFIXES[format]}"
         export_model(model, images[0], path)
-        run = load_exported(path)
-        for image in images:
-            expected = eager(model)(image)
-            worst |= deviation(expected, run(image))
-            count += len(expected["scores"])
-    return worst, count
+        worst = compare(expected, map(load_exported(path), images))
+    return worst, sum(len(found["scores"]) for found in expected)
 
 
 def main():
@@ -84,7 +80,7 @@ def main():
                 options = ("MODEL.BAGS.MERGE", merge)
                 model = make_model(name, detector, *options, num_classes=args.num_classes)
                 worst, count = measure(model, format)
-                faulty += not worst.within()
+                faulty += not worst.is_small
                 parts = [f"{x:.0e}" for x in (worst.boxes, worst.scores, worst.masks)]
                 row.append(f"{' '.join(parts)}, {worst.unmatched} of {count}")
             rows.append(row)

@@ -5,7 +5,7 @@ masks within 0.0001. Beside the files, model.json says how images are to be prep
 classes are called (docs/deployment.md).
 
 Example:
-    bags-d2 export --config-file glyphs_bags.yaml --images photos --output output/exported
+    bags-d2 export --config-file glyphs_bags.yaml --input photos --output output/exported
 """
 
 import argparse
@@ -17,10 +17,10 @@ from .flags import add_config_flags, add_options_flag
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
     parser.add_argument(
-        "--images",
+        "--input",
         nargs="+",
         required=True,
-        help="images, folders of images, or glob patterns; something is to be detected in them",
+        help="images, folders, glob patterns or text files of paths, with something to detect",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     parser.add_argument(
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..engine import LongTailPredictor
     from ..engine.export import export_predictor
 
-    images = image_paths(args.images)
+    images = image_paths(args.input)
     predictor = LongTailPredictor.from_config_file(
         args.config_file, opts=args.opts, device="cpu", method=args.method
     )

@@ -19,9 +19,10 @@ from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
 from ..data.images import read_image
 from ..errors import ConfigError, DataError, MissingFileError
+from ..evaluation.thresholds import ScoreThresholds
 from .setup import check_device, setup_cfg
 
-__all__ = ["LongTailPredictor"]
+__all__ = ["LongTailPredictor", "predictor_cfg"]
 
 ImageLike = np.ndarray | str | os.PathLike
 
@@ -44,6 +45,7 @@ class LongTailPredictor(DefaultPredictor):
         class_names: K names.
         class_counts: long tensor (K,), training instances; None if neither the checkpoint nor the
             training set has them.
+        thresholds: of the classes' scores, to be set; None, as it is at first, for all detections.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -73,6 +75,7 @@ class LongTailPredictor(DefaultPredictor):
         self.class_names = list(record.names or _registered_names(cfg))
         counts = classes.training_instances
         self.class_counts = None if counts is None else torch.tensor(counts)
+        self.thresholds: ScoreThresholds | None = None
 
     def __call__(self, original_image: ImageLike | Sequence[ImageLike]) -> dict | list[dict]:
         """Detect in one image, or in each of a list.
@@ -91,18 +94,24 @@ class LongTailPredictor(DefaultPredictor):
             return self([original_image])[0]
         if not isinstance(original_image, list | tuple):
             raise DataError(_not_an_image(original_image))
-        inputs = [self.prepare(image) for image in original_image]
+        return self.detect([self.prepare(image) for image in original_image])
+
+    @torch.no_grad()
+    def detect(self, inputs: Sequence[dict]) -> list[dict]:
+        """Detect in what :meth:`prepare` gave of each image."""
         # Images of one size share a batch. Of several they would be padded to the largest, and
         # their detections would depend on the company.
         batches = defaultdict(list)
         for position, record in enumerate(inputs):
             batches[record["image"].shape].append(position)
         outputs: list[dict] = [{}] * len(inputs)
-        with torch.no_grad():
-            for positions in batches.values():
-                found = self.model([inputs[position] for position in positions])
-                for position, output in zip(positions, found, strict=True):
-                    outputs[position] = output
+        for positions in batches.values():
+            found = self.model([inputs[position] for position in positions])
+            for position, output in zip(positions, found, strict=True):
+                if self.thresholds is not None:
+                    instances = self.thresholds.select(output["instances"], self.class_names)
+                    output = {**output, "instances": instances}
+                outputs[position] = output
         return outputs
 
     def prepare(self, image: ImageLike) -> dict:
@@ -128,41 +137,48 @@ class LongTailPredictor(DefaultPredictor):
         return {"image": tensor, "height": height, "width": width}
 
     @classmethod
-    def from_config_file(
-        cls,
-        config_file: str | os.PathLike,
-        weights: str | os.PathLike | None = None,
-        opts: Sequence = (),
-        device: str | None = None,
-        method: str | None = None,
-    ) -> "LongTailPredictor":
+    def from_config_file(cls, config_file: str | os.PathLike, *args, **kwargs):
         """A predictor of a config file, or of a name in :mod:`bags_d2.model_zoo`.
 
-        Args:
-            config_file: a path, or a name such as "glyphs_bags.yaml".
-            weights: the checkpoint. None takes, in this order, ``MODEL.WEIGHTS`` of ``opts``, what
-                training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
-            opts: further config keys and values.
-            device: None is the config's, or the CPU where there is no CUDA device.
-            method: what to lay over the config, as ``--method`` of ``bags-d2 train``.
-
-        Raises:
-            MissingFileError: if there is no such config, method or checkpoint.
-            ConfigError: if the config is faulty, or the checkpoint does not fit it.
+        Args and errors are those of :func:`predictor_cfg`, and of a checkpoint that does not fit.
         """
-        name = os.fspath(config_file)
-        is_path = os.path.isfile(find_config(name)[0])
-        path = name if is_path else model_zoo.get_config_file(name)
-        cfg = setup_cfg(argparse.Namespace(config_file=path, method=method, opts=list(opts)))
-        cfg.defrost()
-        if weights is not None:
-            cfg.MODEL.WEIGHTS = os.fspath(weights)
-        elif "MODEL.WEIGHTS" not in list(opts)[::2]:
-            cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
-        if device or not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = device or "cpu"
-        cfg.freeze()
-        return cls(cfg)
+        return cls(predictor_cfg(config_file, *args, **kwargs))
+
+
+def predictor_cfg(
+    config_file: str | os.PathLike,
+    weights: str | os.PathLike | None = None,
+    opts: Sequence = (),
+    device: str | None = None,
+    method: str | None = None,
+) -> CfgNode:
+    """The config of a predictor.
+
+    Args:
+        config_file: a path, or a name such as "glyphs_bags.yaml".
+        weights: the checkpoint. None takes, in this order, ``MODEL.WEIGHTS`` of ``opts``, what
+            training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
+        opts: further config keys and values.
+        device: None is the config's, or the CPU where there is no CUDA device.
+        method: what to lay over the config, as ``--method`` of ``bags-d2 train``.
+
+    Raises:
+        MissingFileError: if there is no such config, method or checkpoint.
+        ConfigError: if the config is faulty.
+    """
+    name = os.fspath(config_file)
+    is_path = os.path.isfile(find_config(name)[0])
+    path = name if is_path else model_zoo.get_config_file(name)
+    cfg = setup_cfg(argparse.Namespace(config_file=path, method=method, opts=list(opts)))
+    cfg.defrost()
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = os.fspath(weights)
+    elif "MODEL.WEIGHTS" not in list(opts)[::2]:
+        cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
+    if device or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = device or "cpu"
+    cfg.freeze()
+    return cfg
 
 
 def _not_an_image(found: object) -> str:
