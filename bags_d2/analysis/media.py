@@ -92,7 +92,7 @@ def image_paths(patterns: list[str]) -> list[Path]:
         if not found:
             raise MissingFileError(f"--input '{pattern}' matches no image; correct the path.")
         paths += found
-    return list(dict.fromkeys(paths))
+    return list({path.absolute(): path for path in paths}.values())
 
 
 def output_paths(inputs: list[Path], output: Path) -> list[Path]:

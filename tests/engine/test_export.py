@@ -1,19 +1,23 @@
 """Detectors as TorchScript and ONNX give what they give themselves."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.structures import Boxes
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor
-from bags_d2.cli import main
 from bags_d2.engine.export import compare, detect, export_model, load_exported
 from benchmarks.export_parity import DETECTORS, NAMES, make_model, measure
 
 pytest.importorskip("onnxruntime")
+
+CONFIG = ("--config-file", "glyphs_bags.yaml")
 
 
 def _check(model, format, **sizes):
@@ -121,7 +125,9 @@ def test_deviation(changes, expected):
 def test_the_command_exports_what_it_loads(tmp_path, monkeypatch, datasets_root, capsys):
     monkeypatch.chdir(tmp_path)
     folder = datasets_root / "glyphs_tiny" / "val"
-    main(["export", "--config-file", "glyphs_bags.yaml", "--input", str(folder), "--output", "out"])
+    run_command(
+        *("export", "--config-file", "glyphs_bags.yaml", "--input", folder), "--output", "out"
+    )
     table = capsys.readouterr().out
     assert "model.onnx" in table
     assert "model.ts" in table
@@ -133,3 +139,20 @@ def test_the_command_exports_what_it_loads(tmp_path, monkeypatch, datasets_root,
     assert about["outputs"] == list(expected) == ["boxes", "classes", "scores"]
     for name in ("model.onnx", "model.ts"):
         assert compare([expected], [load_exported(tmp_path / "out" / name)(image)]).is_small
+
+
+def test_the_documented_way_to_run_onnx(tmp_path, monkeypatch, capsys):
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    (tmp_path / "docs").symlink_to(docs)
+    monkeypatch.chdir(tmp_path)
+    picture = "docs/images/demo_input.png"
+    run_command("export", *CONFIG, "--input", picture, "--output", "output/exported")
+    capsys.readouterr()
+    snippets = re.findall(r"```python\n(.*?)```", (docs / "deployment.md").read_text(), re.DOTALL)
+    for snippet in snippets:
+        page = {}
+        exec(compile(snippet, "deployment.md", "exec"), page)
+    found = LongTailPredictor.from_config_file("glyphs_bags.yaml")(picture)["instances"]
+    assert len(capsys.readouterr().out.splitlines()) == int((found.scores > 0.5).sum()) > 0
+    boxes = page["found"]["boxes"][:5] / page["scale"]
+    np.testing.assert_allclose(boxes, found.pred_boxes.tensor[:5], atol=0.5)
