@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ..config import run_name
 from ..data.images import read_image
-from ..engine import LongTailPredictor
+from ..engine.predictor import LongTailPredictor, predictor_cfg
 from ..errors import ConfigError, DataError, MissingFileError
+from ..evaluation.thresholds import ScoreThresholds
 from ..utils.files import require_file, write_atomically
 from .drawing import best_instances, draw_instances, grid
 
@@ -34,26 +35,32 @@ class Artist:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.top = args.top
-        self.min_score = args.confidence_threshold
-        threshold = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", self.min_score)
-        self.predictors = {
-            run_name(Path(args.config_file).stem, args.method): LongTailPredictor.from_config_file(
-                args.config_file, opts=(*threshold, *args.opts), method=args.method
-            )
-        }
+        self.predictors: dict[str, LongTailPredictor] = {}
+        self._add(args, args.config_file, None, args.opts, args.method)
         if args.compare:
-            self.predictors[Path(args.compare).stem] = LongTailPredictor.from_config_file(
-                args.compare, args.compare_weights, opts=threshold
-            )
+            self._add(args, args.compare, args.compare_weights)
             if len(self.predictors) == 1:
                 raise ConfigError("--compare: both configs have the same name; rename one.")
+
+    def _add(self, args, config_file, weights, opts=(), method=None) -> None:
+        cfg = predictor_cfg(config_file, weights, opts, method=method)
+        choice = args.thresholds or ("none" if args.confidence_threshold is not None else None)
+        thresholds = ScoreThresholds.of_checkpoint(cfg.MODEL.WEIGHTS, choice)
+        if "MODEL.ROI_HEADS.SCORE_THRESH_TEST" not in opts and thresholds is None:
+            least = 0.3 if args.confidence_threshold is None else args.confidence_threshold
+            cfg.defrost()
+            cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = least
+            cfg.freeze()
+        predictor = LongTailPredictor(cfg)
+        predictor.thresholds = thresholds
+        self.predictors[run_name(Path(config_file).stem, method)] = predictor
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """The picture of a BGR image, RGB."""
         pictures = []
         for name, predictor in self.predictors.items():
             instances = predictor(image)["instances"].to("cpu")
-            best = best_instances(instances, self.top, self.min_score)
+            best = best_instances(instances, self.top)
             title = f"{name}: {len(best)} of {len(instances)} detections"
             pictures.append(
                 draw_instances(
@@ -64,21 +71,28 @@ class Artist:
 
 
 def image_paths(patterns: list[str]) -> list[Path]:
-    """The files that paths, folders and glob patterns stand for."""
+    """The files that paths, folders, glob patterns and text files (.txt) of paths stand for.
+
+    In a text file each line is a path, as if given on the command line; whether it exists is not
+    looked at.
+    """
     paths = []
     for pattern in patterns:
         try:
             path = Path(pattern).expanduser()
             if path.is_dir():
                 found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            elif path.suffix.lower() == ".txt" and path.is_file():
+                found = [Path(line.strip()) for line in path.open() if line.strip()]
             else:
                 found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
-        except (OSError, RuntimeError) as error:  # a closed folder; the home of an unknown user
+        # A closed folder; the home of an unknown user; a list that is not UTF-8.
+        except (OSError, RuntimeError, UnicodeError) as error:
             raise MissingFileError(f"--input '{pattern}' cannot be read: {error}.") from None
         if not found:
             raise MissingFileError(f"--input '{pattern}' matches no image; correct the path.")
         paths += found
-    return paths
+    return list({path.absolute(): path for path in paths}.values())
 
 
 def output_paths(inputs: list[Path], output: Path) -> list[Path]:

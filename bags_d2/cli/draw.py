@@ -10,7 +10,7 @@ Example:
 import argparse
 from pathlib import Path
 
-from .flags import add_config_flags, add_options_flag
+from .flags import add_config_flags, add_options_flag, add_thresholds_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.3,
         metavar="SCORE",
-        help="least score; long-tailed detectors score lower than those of COCO",
+        help="least score; default: the thresholds, if any, or else 0.3, since long-tailed "
+        "detectors score lower than those of COCO",
     )
+    add_thresholds_flag(parser)
     parser.add_argument("--top", type=int, default=20, help="detections drawn at most")
     parser.add_argument(
         "--compare", metavar="FILE", help="config of a second model, drawn beside the first"

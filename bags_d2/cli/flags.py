@@ -8,6 +8,7 @@ __all__ = [
     "add_launch_flags",
     "add_options_flag",
     "add_run_flags",
+    "add_thresholds_flag",
     "add_trailing_options",
 ]
 
@@ -36,6 +37,16 @@ def add_options_flag(parser: argparse.ArgumentParser) -> None:
     """``--opts``, in place of :func:`add_trailing_options` beside arguments of any number."""
     help = "config keys and values, last on the line (docs/config.md)"
     parser.add_argument("--opts", nargs="...", default=[], metavar="KEY VALUE", help=help)
+
+
+def add_thresholds_flag(parser: argparse.ArgumentParser) -> None:
+    """``--thresholds``, the choice of ``ScoreThresholds.of_checkpoint``."""
+    parser.add_argument(
+        "--thresholds",
+        metavar="FILE",
+        help="of the classes' scores, or 'none'; default: those that 'bags-d2 thresholds' has left "
+        "beside the checkpoint, if any",
+    )
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:

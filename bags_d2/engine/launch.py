@@ -23,7 +23,12 @@ def process_count(args: argparse.Namespace) -> int:
     return max(args.num_gpus, 1) * args.num_machines  # --num-gpus 0 is one on the CPU
 
 
-def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = None) -> None:
+def launch(
+    main: Callable,
+    args: argparse.Namespace,
+    main_args: tuple | None = None,
+    remedy: str = "run the same command with --resume to go on from the last checkpoint.",
+) -> None:
     """Run ``main`` in every process of a training run.
 
     Under torchrun the processes exist and the flags of Detectron2's launcher are ignored; otherwise
@@ -34,6 +39,7 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
         main: what to run; a function that can be pickled.
         args: of ``bags-d2 train``, or of Detectron2's parser.
         main_args: arguments of ``main``; None is ``(args,)``.
+        remedy: what to do if a process was killed.
 
     Raises:
         BagsError: what a process raised, or that one was killed.
@@ -72,8 +78,7 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple | None = N
             how = f"signal {error.signal_name}, as when memory runs out"
         raise BagsError(
             f"Process {error.error_index} of this machine ended early ({how}), so the "
-            "others were stopped; run the same command with --resume to go on from the last "
-            "checkpoint."
+            f"others were stopped; {remedy}"
         ) from None
 
 

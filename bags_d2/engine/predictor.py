@@ -1,7 +1,8 @@
-"""From a config and a checkpoint to detections in one image."""
+"""From a config and a checkpoint to detections in images."""
 
 import argparse
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from ..checkpoint import LongTailCheckpointer
 from ..config import find_config, run_name
 from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
+from ..data.images import read_image
 from ..errors import ConfigError, DataError, MissingFileError
+from ..evaluation.thresholds import ScoreThresholds
 from .setup import check_device, setup_cfg
 
-__all__ = ["LongTailPredictor"]
+__all__ = ["LongTailPredictor", "predictor_cfg"]
+
+ImageLike = np.ndarray | str | os.PathLike
 
 
 class LongTailPredictor(DefaultPredictor):
@@ -40,6 +45,7 @@ class LongTailPredictor(DefaultPredictor):
         class_names: K names.
         class_counts: long tensor (K,), training instances; None if neither the checkpoint nor the
             training set has them.
+        thresholds: of the classes' scores, to be set; None, as it is at first, for all detections.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -69,61 +75,119 @@ class LongTailPredictor(DefaultPredictor):
         self.class_names = list(record.names or _registered_names(cfg))
         counts = classes.training_instances
         self.class_counts = None if counts is None else torch.tensor(counts)
+        self.thresholds: ScoreThresholds | None = None
 
-    def __call__(self, original_image: np.ndarray) -> dict:
-        """Detect in one uint8 image (H, W, 3), BGR, as ``cv2.imread`` gives it (else DataError)."""
-        found = original_image
-        is_array = isinstance(found, np.ndarray)
-        if not is_array or found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
-            what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
-            raise DataError(
-                f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
-                "with bags_d2.data.images.read_image."
-            )
-        resize = self.aug.get_transform(found) if found.size else None
-        if not found.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
-            raise DataError(
-                f"An image of {found.shape[1]} x {found.shape[0]} pixels is too narrow for "
-                "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; crop it."
-            )
-        return super().__call__(original_image)
-
-    @classmethod
-    def from_config_file(
-        cls,
-        config_file: str | os.PathLike,
-        weights: str | os.PathLike | None = None,
-        opts: Sequence = (),
-        device: str | None = None,
-        method: str | None = None,
-    ) -> "LongTailPredictor":
-        """A predictor of a config file, or of a name in :mod:`bags_d2.model_zoo`.
+    def __call__(self, original_image: ImageLike | Sequence[ImageLike]) -> dict | list[dict]:
+        """Detect in one image, or in each of a list.
 
         Args:
-            config_file: a path, or a name such as "glyphs_bags.yaml".
-            weights: the checkpoint. None takes, in this order, ``MODEL.WEIGHTS`` of ``opts``, what
-                training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
-            opts: further config keys and values.
-            device: None is the config's, or the CPU where there is no CUDA device.
-            method: what to lay over the config, as ``--method`` of ``bags-d2 train``.
+            original_image: a uint8 array (H, W, 3) in BGR, as ``cv2.imread`` gives it, the path of
+                an image, or a list of either.
+
+        Returns:
+            {"instances": detections}, or a list of such: of each image what it gives alone.
 
         Raises:
-            MissingFileError: if there is no such config, method or checkpoint.
-            ConfigError: if the config is faulty, or the checkpoint does not fit it.
+            MissingFileError, DataError: if an image cannot be read, or is not as above.
         """
-        name = os.fspath(config_file)
-        is_path = os.path.isfile(find_config(name)[0])
-        path = name if is_path else model_zoo.get_config_file(name)
-        cfg = setup_cfg(argparse.Namespace(config_file=path, method=method, opts=list(opts)))
-        cfg.defrost()
-        if weights is not None:
-            cfg.MODEL.WEIGHTS = os.fspath(weights)
-        elif "MODEL.WEIGHTS" not in list(opts)[::2]:
-            cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
-        if device or not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = device or "cpu"
-        cfg.freeze()
-        return cls(cfg)
+        if isinstance(original_image, np.ndarray | str | os.PathLike):
+            return self([original_image])[0]
+        if not isinstance(original_image, list | tuple):
+            raise DataError(_not_an_image(original_image))
+        return self.detect([self.prepare(image) for image in original_image])
+
+    @torch.no_grad()
+    def detect(self, inputs: Sequence[dict]) -> list[dict]:
+        """Detect in what :meth:`prepare` gave of each image."""
+        # Images of one size share a batch. Of several they would be padded to the largest, and
+        # their detections would depend on the company.
+        batches = defaultdict(list)
+        for position, record in enumerate(inputs):
+            batches[record["image"].shape].append(position)
+        outputs: list[dict] = [{}] * len(inputs)
+        for positions in batches.values():
+            found = self.model([inputs[position] for position in positions])
+            for position, output in zip(positions, found, strict=True):
+                if self.thresholds is not None:
+                    instances = self.thresholds.select(output["instances"], self.class_names)
+                    output = {**output, "instances": instances}
+                outputs[position] = output
+        return outputs
+
+    def prepare(self, image: ImageLike) -> dict:
+        """The model's input for an image: {"image": (3, h, w) resized, "height", "width"}."""
+        if isinstance(image, str | os.PathLike):
+            path, image = image, read_image(image)
+            try:
+                return self.prepare(image)
+            except DataError as error:
+                raise DataError(f"'{os.fspath(path)}': {error}") from None
+        is_array = isinstance(image, np.ndarray)
+        if not is_array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(_not_an_image(image))
+        height, width = image.shape[:2]
+        resize = self.aug.get_transform(image) if image.size else None
+        if not image.size or 0 in (getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)):
+            raise DataError(
+                f"An image of {width} x {height} pixels is too narrow for INPUT.MIN_SIZE_TEST and "
+                "MAX_SIZE_TEST; crop it."
+            )
+        resized = resize.apply_image(image[:, :, ::-1] if self.input_format == "RGB" else image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+    @classmethod
+    def from_config_file(cls, config_file: str | os.PathLike, *args, **kwargs):
+        """A predictor of a config file, or of a name in :mod:`bags_d2.model_zoo`.
+
+        Args and errors are those of :func:`predictor_cfg`, and of a checkpoint that does not fit.
+        """
+        return cls(predictor_cfg(config_file, *args, **kwargs))
+
+
+def predictor_cfg(
+    config_file: str | os.PathLike,
+    weights: str | os.PathLike | None = None,
+    opts: Sequence = (),
+    device: str | None = None,
+    method: str | None = None,
+) -> CfgNode:
+    """The config of a predictor.
+
+    Args:
+        config_file: a path, or a name such as "glyphs_bags.yaml".
+        weights: the checkpoint. None takes, in this order, ``MODEL.WEIGHTS`` of ``opts``, what
+            training with this config left in ``OUTPUT_DIR``, and what the model zoo carries.
+        opts: further config keys and values.
+        device: None is the config's, or the CPU where there is no CUDA device.
+        method: what to lay over the config, as ``--method`` of ``bags-d2 train``.
+
+    Raises:
+        MissingFileError: if there is no such config, method or checkpoint.
+        ConfigError: if the config is faulty.
+    """
+    name = os.fspath(config_file)
+    is_path = os.path.isfile(find_config(name)[0])
+    path = name if is_path else model_zoo.get_config_file(name)
+    cfg = setup_cfg(argparse.Namespace(config_file=path, method=method, opts=list(opts)))
+    cfg.defrost()
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = os.fspath(weights)
+    elif "MODEL.WEIGHTS" not in list(opts)[::2]:
+        cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
+    if device or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = device or "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def _not_an_image(found: object) -> str:
+    is_array = isinstance(found, np.ndarray)
+    what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
+    return (
+        f"The image must be a uint8 array (height, width, 3) in BGR, found {what}; read it "
+        "with bags_d2.data.images.read_image."
+    )
 
 
 def _trained_weights(cfg: CfgNode, config_file: str, method: str | None) -> str:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
 
@@ -35,6 +34,9 @@ BLOCK = 16
 # device, torchvision's batched_nms goes class by class, and moves no boxes apart to separate the
 # classes, which in float32 would change their IoUs.
 SINGLE_NMS_LIMIT = 5_000
+
+# Candidates that a trace looks at, whose number cannot grow with the input's needs.
+TRACED_CANDIDATES = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,12 @@ def fast_rcnn_inference_topk(
         For each image the detections, best first, with ``pred_boxes`` (clipped), ``scores`` and
         ``pred_classes``; and for each image their RoIs, a long tensor. RoIs with a score or box
         that is not finite are left out, and the others are then counted without them, as in
-        Detectron2.
+        Detectron2. While tracing (also for ONNX) nothing may depend on the data: only the
+        ``TRACED_CANDIDATES`` best candidates are looked at, and no RoI is left out.
     """
-    if torch.jit.is_tracing():
-        # A trace would repeat whatever the search did for the example that it is recorded with.
-        boxes = [b.decode() if isinstance(b, BoxDeltas) else b for b in boxes]
-        options = (score_thresh, nms_thresh, topk_per_image)
-        return fast_rcnn_inference(boxes, scores, image_shapes, *options)
+    detect = _detect_traceably if torch.jit.is_tracing() else _detect
     results = [
-        _detect(*image, score_thresh, nms_thresh, topk_per_image)
+        detect(*image, score_thresh, nms_thresh, topk_per_image)
         for image in zip(boxes, scores, image_shapes, strict=True)
     ]
     return [instances for instances, _ in results], [rois for _, rois in results]
@@ -128,6 +127,32 @@ def _detect(boxes, scores, image_shape, score_thresh, nms_thresh, topk):
     pred_boxes, values, classes, rois = (c[:topk] for c in pool) if topk >= 0 else pool
     fields = {"pred_boxes": Boxes(pred_boxes), "scores": values, "pred_classes": classes}
     return Instances(image_shape, **fields), rois
+
+
+def _detect_traceably(boxes, scores, image_shape, score_thresh, nms_thresh, topk):
+    """As :func:`_detect`, without steps that a trace would record as they were for its example."""
+    num_classes, flat = scores.shape[1] - 1, scores[:, :-1].flatten()
+    found = (flat > score_thresh).nonzero().flatten()
+    # ONNX's sort is stable and has no such argument.
+    stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}
+    values, order = flat[found].sort(descending=True, **stable)
+    if topk >= 0:
+        values, order = values[:TRACED_CANDIDATES], order[:TRACED_CANDIDATES]
+    found = found[order]
+    rois = found.div(num_classes, rounding_mode="floor")
+    classes = found - rois * num_classes
+    chosen = _boxes_at(boxes, rois, classes, image_shape)
+    # Classes are moved apart in two dimensions: in float32, all that ONNX's NMS takes, the
+    # coordinates of a thousand classes side by side would be off by a tenth of a pixel.
+    side = math.isqrt(num_classes - 1) + 1
+    row = classes.div(side, rounding_mode="floor")
+    height, width = image_shape
+    shift = torch.stack([(classes - row * side) * (width + 1), row * (height + 1)], dim=1)
+    ranks = classes.shape[0] - torch.arange(classes.shape[0], device=values.device)
+    keep = nms(chosen.float() + shift.float().repeat(1, 2), ranks.float(), nms_thresh)
+    keep = keep[:topk] if topk >= 0 else keep
+    fields = {"scores": values[keep], "pred_classes": classes[keep]}
+    return Instances(image_shape, pred_boxes=Boxes(chosen[keep]), **fields), rois[keep]
 
 
 def _drop_non_finite(boxes, scores):

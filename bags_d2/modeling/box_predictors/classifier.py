@@ -23,7 +23,7 @@ from ...data.class_statistics import training_class_counts
 from ...errors import ConfigError
 from ..class_groups import ClassCounts
 from ..losses import at_least_float32
-from .fast_rcnn import FastRCNNOutputLayers
+from .fast_rcnn import FastRCNNOutputLayers, num_rois
 
 __all__ = ["ClassifierOutputLayers", "CountedOutputLayers", "SigmoidOutputLayers"]
 
@@ -109,7 +109,7 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     ) -> list[torch.Tensor]:
         """Scores (Ri, K + 1) of each image, background last."""
         logits, _ = predictions
-        return list(self.class_probs(logits).split([len(p) for p in proposals]))
+        return list(self.class_probs(logits).split(num_rois(proposals)))
 
 
 class SigmoidOutputLayers(ClassifierOutputLayers):

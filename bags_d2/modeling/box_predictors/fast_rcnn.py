@@ -124,16 +124,27 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             self.test_topk_per_image,
         )
 
+    def __prepare_scriptable__(self):
+        raise ConfigError(
+            f"{type(self).__name__} cannot be scripted (scripting_with_instances); trace it: "
+            "bags-d2 export, or detectron2.export.TracingAdapter."
+        )
+
     def _boxes_to_decode(self, predictions, proposals) -> list[torch.Tensor | BoxDeltas]:
         # A subclass may decode in its own way, of which only the result is known.
         own_way = type(self).predict_boxes is not fast_rcnn.FastRCNNOutputLayers.predict_boxes
         if own_way or not isinstance(self.box2box_transform, Box2BoxTransform):
             return list(self.predict_boxes(predictions, proposals))
-        deltas = predictions[1].split([len(p) for p in proposals])
+        deltas = predictions[1].split(num_rois(proposals))
         return [
             BoxDeltas(d, p.proposal_boxes.tensor, self.box2box_transform)
             for d, p in zip(deltas, proposals, strict=True)
         ]
+
+
+def num_rois(proposals: list[Instances]) -> list[int]:
+    """Number of proposals of each image; unlike ``len``, not a constant in a trace."""
+    return [p.proposal_boxes.tensor.shape[0] for p in proposals]
 
 
 def _federated_loss_weights(cfg: CfgNode) -> torch.Tensor:

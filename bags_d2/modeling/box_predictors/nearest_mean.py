@@ -62,7 +62,7 @@ class NearestMeanOutputLayers(ClassifierOutputLayers):
 
     def class_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """P(foreground) times the softmax over cosines; the last column is P(background)."""
-        known = self.class_means.any(dim=1)
+        known = self.class_means.abs().amax(dim=1) > 0  # any() exports to ONNX wrongly
         if not known.any():
             raise ConfigError(
                 "The checkpoint (MODEL.WEIGHTS) has no class means; fit them with bags-d2 fit."
