@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 # Methods that fit to features look at no more logits than these, which keeps them under a minute.
 # Of LVIS they are 55,000 RoIs.
 MAX_LOGITS = 1 << 26
+FINAL = "model_final.pth"
 
 
 class Softmax(NamedTuple):
@@ -312,8 +313,8 @@ def _cached_logits(layer: nn.Linear, cache: FeatureCache) -> tuple[torch.Tensor,
 
 def load_detector(cfg: CfgNode) -> GeneralizedRCNN:
     """The whole detector of ``MODEL.WEIGHTS``, of which ``OUTPUT_DIR`` is to hold another one."""
-    weights = cfg.MODEL.WEIGHTS
-    if not weights or os.path.abspath(weights) == os.path.abspath(_output(cfg)):
+    weights, output = cfg.MODEL.WEIGHTS, os.path.join(cfg.OUTPUT_DIR, FINAL)
+    if not weights or os.path.abspath(weights) == os.path.abspath(output):
         raise ConfigError(
             f"MODEL.WEIGHTS is '{weights}'; set it to the trained checkpoint, and OUTPUT_DIR to "
             "another folder."
@@ -323,16 +324,13 @@ def load_detector(cfg: CfgNode) -> GeneralizedRCNN:
     return model
 
 
-def save_detector(cfg: CfgNode, model: nn.Module) -> Path:
-    """Write a checkpoint with what is known of the classes."""
+def save_detector(cfg: CfgNode, model: nn.Module, name: str = FINAL) -> Path:
+    """Write a checkpoint of ``OUTPUT_DIR`` with what is known of the classes."""
+    path = Path(cfg.OUTPUT_DIR) / name
     classes = ClassStatistics.from_model(cfg, model).for_checkpoint()
-    with write_atomically(_output(cfg), "wb") as file:
+    with write_atomically(path, "wb") as file:
         torch.save({"model": model.state_dict(), **classes}, file)
-    return _output(cfg)
-
-
-def _output(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    return path
 
 
 def cached_features(
