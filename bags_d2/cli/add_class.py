@@ -1,7 +1,7 @@
 """Add a class to a trained BAGS detector, with all else frozen.
 
-Its column is fitted to the new images alone. Writes OUTPUT_DIR/model_final.pth, a detector of one
-class more, which is evaluated with MODEL.ROI_HEADS.NUM_CLASSES raised by one.
+Its column is fitted to the box features of the new images. Writes OUTPUT_DIR/model_final.pth, a
+detector of one class more, which is evaluated with MODEL.ROI_HEADS.NUM_CLASSES raised by one.
 
 Example:
     bags-d2 add-class --name owl --data coco owls.json images --config-file mine_bags.yaml \\
@@ -22,7 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("KIND", "JSON", "IMAGES"),
         help="the new images: coco or lvis, annotation file, folder",
     )
-    parser.add_argument("--cache", help="their box features; default: OUTPUT_DIR/features")
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="box features of the training images, whose objects become negatives; made if they do "
+        "not exist; default: negatives of the new images alone",
+    )
+    parser.add_argument(
+        "--detector",
+        metavar="FILE",
+        help="checkpoint that these features are of, such as stage 1; default: MODEL.WEIGHTS",
+    )
     add_config_flags(parser)
     add_trailing_options(parser)
 
@@ -36,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup_cfg(args)
     check_files(cfg, eval_only=True)
     setup_logger(cfg.OUTPUT_DIR, name="bags_d2")
-    _, changes = add_class(cfg, args.name, args.data, args.cache)
+    _, changes = add_class(cfg, args.name, args.data, folder=args.cache, detector=args.detector)
     print("| group | RoIs | P before | P after | taken by the new class |\n|---|---|---|---|---|")
     for name, rois, before, after, taken in changes:
         print(f"| {name} | {rois} | {before:.3f} | {after:.3f} | {taken:.1%} |")

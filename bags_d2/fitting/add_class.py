@@ -9,6 +9,7 @@ Shapes in this file: R RoIs, D features of a RoI, K classes before, m + 1 slots 
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ _DATASET = "images_of_the_new_class"
 
 
 class Change(NamedTuple):
-    """How the new class's group sees the new images' RoIs of one of its slots."""
+    """How the new class's group sees the RoIs of one of its slots that it was fitted to."""
 
     name: str  # of a class, or "others"
     rois: int
@@ -47,7 +48,12 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def add_class(
-    cfg: CfgNode, name: str, data: Sequence[str], folder: str | os.PathLike | None = None
+    cfg: CfgNode,
+    name: str,
+    data: Sequence[str],
+    *,
+    folder: str | os.PathLike | None = None,
+    detector: str | None = None,
 ) -> tuple[Path, list[Change]]:
     """Add a class to the BAGS detector of ``MODEL.WEIGHTS``, as its last.
 
@@ -61,7 +67,9 @@ def add_class(
         data: "coco" or "lvis", the annotation file and the folder of the new images. Objects of the
             checkpoint's classes are found by name; what is of no class, or not annotated, is a
             negative like those.
-        folder: cache of the new images' box features; None is ``OUTPUT_DIR/features``.
+        folder, detector: feature cache of the training images, see :func:`cached_features`. If
+            either is given, their foreground RoIs are negatives too; their background may be of the
+            new class.
 
     Returns:
         Path of ``OUTPUT_DIR/model_final.pth``, a detector of K + 1 classes, and what has changed in
@@ -106,6 +114,10 @@ def add_class(
             for a in record["annotations"]
             if annotations.names[a["category_id"]] in class_of
         ]
+    negatives = []
+    if folder or detector:
+        parts = cached_features(cfg, model, folder, detector).parts()
+        negatives = [(x[y < len(known.names)], y[y < len(known.names)]) for x, y in parts]
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
@@ -118,14 +130,14 @@ def add_class(
         wider.class_statistics = ClassStatistics(
             names, (*known.training_instances, instances[name])
         )
-        # Features are of a checkpoint, which the column that is yet to be fitted does not change.
-        start = save_detector(cfg, wider, "without_the_column.pth")
-        cfg.MODEL.WEIGHTS = str(start)
-        cache = cached_features(cfg, wider, folder or start.with_name("features"))
-    features, labels = (torch.cat(x) for x in zip(*cache.parts(), strict=True))
+        # Features are those of a checkpoint, of which the column makes no difference.
+        with tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as temporary:
+            start = save_detector(cfg, wider, f"{Path(temporary).name}/start.pth")
+            cfg.MODEL.WEIGHTS = str(start)
+            parts = list(cached_features(cfg, wider, start.with_name("features")).parts())
+    features, labels = (torch.cat(x) for x in zip(*parts, *negatives, strict=True))
     changes = _fit(wider.roi_heads.box_predictor, features.float(), labels, names, cfg)
     path = save_detector(cfg, wider)
-    start.unlink()
     logger.info(
         "'%s' is class %d of %d, in group %d: '%s'", name, len(names) - 1, len(names), group, path
     )
