@@ -28,6 +28,7 @@ from ..modeling.box_predictors import BAGSOutputLayers, NormalizedLinear
 from ..modeling.class_groups import ClassGroups
 from ..modeling.losses import group_targets
 from .calibration import cached_features, load_detector, save_detector
+from .train import of_stage
 
 __all__ = ["Change", "add_class", "fit_column", "widened"]
 
@@ -116,7 +117,7 @@ def add_class(
         ]
     negatives = []
     if folder or detector:
-        parts = cached_features(cfg, model, folder, detector).parts()
+        parts = [of_stage(*p, 0) for p in cached_features(cfg, model, folder, detector).parts()]
         negatives = [(x[y < len(known.names)], y[y < len(known.names)]) for x, y in parts]
     cfg = cfg.clone()
     cfg.defrost()
@@ -131,12 +132,14 @@ def add_class(
             names, (*known.training_instances, instances[name])
         )
         # Features are those of a checkpoint, of which the column makes no difference.
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as temporary:
             start = save_detector(cfg, wider, f"{Path(temporary).name}/start.pth")
             cfg.MODEL.WEIGHTS = str(start)
-            parts = list(cached_features(cfg, wider, start.with_name("features")).parts())
+            cache = cached_features(cfg, wider, start.with_name("features"))
+            parts = [of_stage(*part, 0) for part in cache.parts()]
     features, labels = (torch.cat(x) for x in zip(*parts, *negatives, strict=True))
-    changes = _fit(wider.roi_heads.box_predictor, features.float(), labels, names, cfg)
+    changes = _fit(wider.roi_heads.box_predictor, features, labels, names, cfg)
     path = save_detector(cfg, wider)
     logger.info(
         "'%s' is class %d of %d, in group %d: '%s'", name, len(names) - 1, len(names), group, path

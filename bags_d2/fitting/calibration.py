@@ -42,8 +42,9 @@ from ..modeling.box_predictors import (
 )
 from ..utils.files import write_atomically
 from .cache import FeatureCache
-from .extract import extract_features
+from .extract import box_stages, extract_features
 from .run import default_cache
+from .train import of_stage
 
 __all__ = ["CALIBRATIONS", "cached_features", "calibrate", "load_detector", "save_detector"]
 
@@ -207,9 +208,13 @@ def calibrate(
     model = load_detector(cfg)
     features = functools.cache(lambda: cached_features(cfg, model, folder, detector))
     centers = functools.cache(lambda: _box_centers(cfg))
-    predictors = model.roi_heads.box_predictor
-    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        for softmax in softmaxes(predictor, cfg, features, centers):
+    for stage, (_, predictor) in enumerate(box_stages(model.roi_heads)):
+
+        @functools.cache
+        def rois(layer=predictor.cls_score, stage=stage):
+            return _cached_logits(layer, features(), stage)
+
+        for softmax in softmaxes(predictor, cfg, rois, centers):
             scale, shift = make_map(softmax, default if strength is None else strength)
             if max_count is not None:
                 rare = training_class_counts(cfg, "instances")[softmax.classes] < max_count
@@ -225,16 +230,15 @@ def calibrate(
 def softmaxes(
     predictor: nn.Module,
     cfg: CfgNode,
-    features: Callable[[], FeatureCache],
+    rois: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     centers: Callable[[], list[np.ndarray]],
 ) -> list[Softmax]:
-    """The softmaxes of a box predictor that hold any class.
+    """The softmaxes of a box predictor that hold any class; see :class:`Softmax`.
 
     Raises:
         ConfigError: if its scores are no softmax of what its last layer returns.
     """
-    kind, layer = type(predictor), predictor.cls_score
-    rest = (cfg, layer, functools.cache(lambda: _cached_logits(layer, features())), centers)
+    kind, rest = type(predictor), (cfg, predictor.cls_score, rois, centers)
     classes = torch.arange(predictor.num_classes)
     if kind.forward is FastRCNNOutputLayers.forward:
         if kind is BAGSOutputLayers:
@@ -298,14 +302,17 @@ def _map_logits(softmax: Softmax, scale, shift, method: str) -> None:
         )
 
 
-def _cached_logits(layer: nn.Linear, cache: FeatureCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (R, C) and labels (R,) of the cached RoIs of all images, or of some at random."""
+def _cached_logits(
+    layer: nn.Linear, cache: FeatureCache, stage: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (R, C) and labels (R,) of a stage's RoIs of all images, or of some at random."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randperm(cache.settings["num_images"], generator=generator).tolist()
     left, found = MAX_LOGITS // layer.out_features, []
     while left > 0 and images:
-        features, labels = cache.read([(0, images.pop()) for _ in range(min(64, len(images)))])
-        found.append((layer(features.to(layer.weight)), labels.to(layer.weight.device)))
+        keys = [(0, images.pop()) for _ in range(min(64, len(images)))]
+        features, labels = of_stage(*cache.read(keys, device=layer.weight.device), stage)
+        found.append((layer(features), labels))
         left -= len(labels)
     logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(labels)
@@ -335,7 +342,7 @@ def save_detector(cfg: CfgNode, model: nn.Module, name: str = FINAL) -> Path:
 
 def cached_features(
     cfg: CfgNode,
-    model: nn.Module,
+    model: nn.Module | None = None,
     folder: str | os.PathLike | None = None,
     detector: str | None = None,
 ) -> FeatureCache:
@@ -343,7 +350,7 @@ def cached_features(
 
     Args:
         cfg: config of the model; ``MODEL.WEIGHTS`` is its checkpoint.
-        model: with these weights.
+        model: with these weights; needed beside ``detector``.
         folder: the cache, which is made if it does not exist; None is the one that fitting takes.
         detector: checkpoint that the cache is of; None is ``MODEL.WEIGHTS``.
 

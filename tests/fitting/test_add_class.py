@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bags_d2 import BAGSTrainer, ClassGroups, ConfigError, DataError
 from bags_d2.data.annotations import read_annotations
+from bags_d2.fitting import FeatureCache
 from bags_d2.fitting.add_class import add_class, fit_column, widened
 from bags_d2.fitting.calibration import load_detector
 
@@ -114,6 +115,18 @@ def test_one_column_is_new_and_all_others_keep_their_bits(detector, glyphs, mask
     assert changes[-1].prob_before == 0
     assert changes[-1].prob_after > 0.1
     assert all(c.prob_after <= c.prob_before for c in changes[:-1])
+
+
+def test_objects_of_the_training_images_are_negatives_too(detector, glyphs, tmp_path):
+    cfg, name = detector()
+    alone = {c.name: c.rois for c in add_class(cfg, name, ("lvis", *glyphs))[1]}
+    cache = tmp_path / "cache"
+    both = {c.name: c.rois for c in add_class(cfg, name, ("lvis", *glyphs), folder=cache)[1]}
+    counts = torch.zeros(cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, dtype=torch.long)
+    for _, labels in FeatureCache(cache).parts():
+        counts += labels.flatten().bincount(minlength=len(counts))
+    assert both[name] == alone[name]
+    assert sum(both.values()) - sum(alone.values()) == counts[:-1].sum() > 0
 
 
 def test_the_column_is_the_minimum_of_the_loss():
