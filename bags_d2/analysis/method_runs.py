@@ -28,6 +28,7 @@ from ..config import BASELINE, current_name, former_names, list_methods, run_nam
 from ..data.datasets import dataset_annotations, missing_dataset_message
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DataError, MissingFileError
+from ..fitting.calibration import CALIBRATIONS
 from ..utils.files import content_hash, load_json, write_json
 from ..utils.processes import bags_d2_command
 from ..utils.settings import first_difference, select_config
@@ -37,11 +38,11 @@ __all__ = ["BASELINE", "Comparison", "Kind", "MethodRun"]
 _FINAL = "model_final.pth"
 _START = "initial checkpoint"
 
-# Classifier transforms of the baseline's checkpoint, which need no config of their own: arguments
-# of ``bags-d2 normalize``.
+# Calibrations of the baseline's checkpoint, which need no config of their own: arguments of
+# ``bags-d2 calibrate``.
 TRANSFORMS = {
-    "tau_norm": ("--tau", "1.0"),
-    "tau_norm_tail": ("--tau", "1.0", "--max-count", "100"),
+    **{name: ("--calibration", name) for name in CALIBRATIONS},
+    "tau_norm_tail": ("--calibration", "tau_norm", "--max-count", "100"),
 }
 
 # Where a run is executed says nothing about what it measures; which detector it starts from follows
@@ -222,7 +223,9 @@ class Comparison:
                 predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
                 changed = predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME
                 methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
-        return [BASELINE, *sorted([*methods, *TRANSFORMS])]
+        softmax = self._base.MODEL.ROI_BOX_PREDICTOR.NAME == "FastRCNNOutputLayers"
+        softmax &= not self._base.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
+        return [BASELINE, *sorted([*methods, *(TRANSFORMS if softmax else ())])]
 
     def choose(self, names: str | None) -> list[str]:
         """The baseline, which goes first as others start from it, and the methods that were named.
@@ -362,21 +365,18 @@ class Comparison:
         common = [*config, *overlay, "--num-gpus", str(self.num_gpus)]
         opts = [*self.opts, "SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)]
         start = ["MODEL.WEIGHTS", run.weights] if run.from_detector else []
+        cache = self.output / "features" / f"seed{self.detector_seed(run.seed)}"
+        cache = ["--cache", str(cache)]
         make, weights = None, str(run.checkpoint)
         if run.kind is Kind.TRAIN:
             # Evaluated separately, so that the time of training is that of training.
             no_test = ["DATASETS.TEST", "()"]
             make = bags_d2_command("train", *common, "--resume", *opts, *start, *no_test)
         elif run.kind is Kind.FIT:
-            cache = [
-                "--cache",
-                str(self.output / "features" / f"seed{self.detector_seed(run.seed)}"),
-            ]
             make = bags_d2_command("fit", *common, *cache, *opts, *start)
         elif run.kind is Kind.TRANSFORM:
-            files = ["--input", run.weights, "--output", weights]
-            arguments = [*files, *TRANSFORMS[run.method], *config]
-            make = bags_d2_command("normalize", *arguments)
+            arguments = [*TRANSFORMS[run.method], *config, *cache, *opts, *start]
+            make = bags_d2_command("calibrate", *arguments)
         else:
             weights = run.weights
         test = ["--eval-only", *opts, "MODEL.WEIGHTS", weights]

@@ -30,7 +30,6 @@ COMMANDS = {
     "train": "Training",
     "fit": "Training",
     "calibrate": "Training",
-    "normalize": "Training",
     "add-class": "Training",
     "draw": "Detecting",
     "predict": "Detecting",

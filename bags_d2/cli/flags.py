@@ -4,6 +4,7 @@ import argparse
 
 __all__ = [
     "METHOD_HELP",
+    "add_cache_flags",
     "add_config_flags",
     "add_launch_flags",
     "add_options_flag",
@@ -25,6 +26,20 @@ def add_config_flags(
     """``--config-file``, which is required, and ``--method``."""
     parser.add_argument("--config-file", required=True, metavar="FILE", help=help)
     parser.add_argument("--method", metavar="NAME", help=METHOD_HELP)
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """``--cache`` and ``--detector``: box features of a trained detector."""
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="box features, made if they do not exist; default: those that fit takes",
+    )
+    parser.add_argument(
+        "--detector",
+        metavar="FILE",
+        help="checkpoint that the features are of, such as stage 1; default: MODEL.WEIGHTS",
+    )
 
 
 def add_trailing_options(parser: argparse.ArgumentParser) -> None:

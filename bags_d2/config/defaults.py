@@ -86,9 +86,8 @@ def add_bags_config(cfg: CfgNode) -> None:
     cfg.MODEL.EQLV2.MU = 0.8
     cfg.MODEL.EQLV2.ALPHA = 4.0
 
-    # NorCalOutputLayers: at test time a class's score is divided by (training count)^GAMMA.
-    cfg.MODEL.NORCAL = CfgNode()
-    cfg.MODEL.NORCAL.GAMMA = 0.6
+    # Of version 0.5, whose configs are still read; `bags-d2 calibrate` took its place.
+    cfg.register_deprecated_key("MODEL.NORCAL")
 
     # Names of the parameters to train, as globs against model.named_parameters(); all others are
     # frozen, and BatchNorm layers without a trainable parameter keep their statistics. Every glob

@@ -138,7 +138,7 @@ def test_every_method_builds(method):
     check_model(cfg)
     stage2 = cfg.STAGE2
     assert (cfg.MODEL.WEIGHTS == stage2.WEIGHTS) == stage2.ENABLED
-    if stage2.ENABLED and method != "norcal":
+    if stage2.ENABLED:
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (stage2.MAX_ITER, stage2.STEPS)
 
 
@@ -178,7 +178,8 @@ def test_stage_2_goes_before_the_baseline_and_after_the_method(mine):
     assert content["SOLVER"] == {"MAX_ITER": 50, "STEPS": [40]}
     assert content["MODEL"]["MASK_ON"] is True
     # The method's own keys win, and in a file with bases the file's own keys over all.
-    assert read_config_file(mine(STAGE2), "norcal")["SOLVER"] == {"MAX_ITER": 0, "STEPS": "()"}
+    own = mine("SOLVER: {MAX_ITER: 0}\nSTAGE2: {ENABLED: true}\n", "evaluated.yaml")
+    assert read_config_file(mine(STAGE2), str(own))["SOLVER"] == {"MAX_ITER": 0, "STEPS": [40]}
     bases = f"_BASE_: [detector.yaml, {CONFIGS}/methods/bags.yaml]\n"
     own = mine(bases + "SOLVER: {MAX_ITER: 7}\n", "own.yaml")
     assert read_config_file(own)["SOLVER"] == {"MAX_ITER": 7, "STEPS": [40]}
@@ -311,3 +312,16 @@ def test_defaults_leave_stock_models_untouched():
     ours = stock.clone()
     add_bags_config(ours)
     assert str(build_model(ours)) == str(build_model(stock))
+
+
+@pytest.mark.parametrize("reader", ["plain", "of the package"])
+def test_configs_of_version_0_5_are_read(mine, reader):
+    path = mine("MODEL: {NORCAL: {GAMMA: 0.4}}\nSOLVER: {MAX_ITER: 7}\n")
+    cfg = get_cfg()
+    add_bags_config(cfg)
+    if reader == "plain":
+        cfg.merge_from_file(str(path))
+    else:
+        merge_config_file(cfg, str(path))
+    assert cfg.SOLVER.MAX_ITER == 7
+    assert "NORCAL" not in cfg.MODEL

@@ -18,7 +18,6 @@ from .fast_rcnn import FastRCNNOutputLayers, NormalizedLinear
 from .focal import FocalOutputLayers
 from .lws import LWSOutputLayers
 from .nearest_mean import NearestMeanOutputLayers
-from .norcal import NorCalOutputLayers
 from .reweighted import ReweightedOutputLayers
 from .seesaw import SeesawOutputLayers
 
@@ -36,7 +35,6 @@ __all__ = [
     "FocalOutputLayers",
     "LWSOutputLayers",
     "NearestMeanOutputLayers",
-    "NorCalOutputLayers",
     "NormalizedLinear",
     "ReweightedBAGSOutputLayers",
     "ReweightedOutputLayers",
