@@ -21,8 +21,9 @@ Written by `python tools/write_config_reference.py` from `bags_d2/config/default
 
 A YAML holds what differs from its `_BASE_`: a path, or a list of them, relative to the file or to
 the configs of this package. `--method NAME` lays a file of `configs/methods/` or
-`configs/ablations/` over a config, as a file with both as its `_BASE_` would; `KEY VALUE` at the
-end of a command takes precedence over all files. An integer is refused where the default is a
+`configs/ablations/` over a config, as a file with both as its `_BASE_` would; names, paths of YAMLs
+and `KEY=value` may be joined by `+`. `KEY VALUE` at the end of a command takes precedence over all
+files. An integer is refused where the default is a
 float: write `8.0`. Infinity is `.inf`.
 
 `OUTPUT_DIR` follows from the file's name where no file sets it, instead of Detectron2's `./output`:

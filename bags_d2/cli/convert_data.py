@@ -1,7 +1,7 @@
 """Convert a data set between COCO, YOLO, Pascal VOC and LabelMe.
 
-The kind and the splits of the folder are found; LVIS is read as well. What the format cannot hold is
-counted in the log. Prints the rows of DATASETS.REGISTER for the result. See docs/datasets.md.
+The kind and the splits of the folder are found; LVIS is read as well. What the format cannot hold
+is counted in the log. Prints the rows of DATASETS.REGISTER for the result. See docs/datasets.md.
 
 Example:
     bags-d2 convert-data mine --to yolo --output mine_yolo
