@@ -67,12 +67,15 @@ def add_intervals(rows: Sequence[dict], draws: Draws, against: str) -> None:
     """
     if against not in draws:
         raise ConfigError(f"--against '{against}' is none of the methods {', '.join(draws)}.")
+    reference = next(row for row in rows if row["method"] == against)
     for row in rows:
-        found, other = draws[row["method"]], draws[against]
-        row["intervals"] = {name: interval(found[name]) for name in ("AP", "bAP")}
-        row["intervals"] |= {
-            f"{name}_difference": interval(found[name] - other[name]) for name in ("AP", "bAP")
-        }
+        row["intervals"] = {}
+        for name in ("AP", "bAP"):
+            found, measured = draws[row["method"]][name], row[name]["mean"]
+            row["intervals"][name] = interval(found, measured)
+            row["intervals"][f"{name}_difference"] = interval(
+                found - draws[against][name], measured - reference[name]["mean"]
+            )
 
 
 def interval_table(rows: Sequence[dict], against: str) -> str:

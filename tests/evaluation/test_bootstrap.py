@@ -104,7 +104,9 @@ def test_measures_average_classes_and_bins_of_each_draw():
 
 
 def test_an_interval_covers_its_share():
-    assert interval(np.arange(1001.0), 0.9) == pytest.approx((50.0, 950.0))
+    assert interval(np.arange(1001.0), confidence=0.9) == pytest.approx((50.0, 950.0))
+    shifted = interval(np.arange(1001.0), measured=400.0, confidence=0.9)
+    assert shifted == pytest.approx((-50.0, 850.0))
     with pytest.raises(ConfigError, match="confidence"):
-        interval(np.arange(3.0), 1.0)
+        interval(np.arange(3.0), confidence=1.0)
     assert bootstrap.interval(np.array([1.0, np.nan, 1.0])) == (1.0, 1.0)
