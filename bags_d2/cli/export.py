@@ -1,4 +1,4 @@
-"""Write a detector as TorchScript or ONNX, which run without Detectron2.
+"""Write a detector as TorchScript or ONNX.
 
 Each file is compared with the detector on the given images: boxes within 0.01 pixels, scores and
 masks within 0.0001. Beside the files, model.json says how images are to be prepared and what the

@@ -1,4 +1,4 @@
-"""Write what a model detects in images as COCO results and as a table.
+"""Detect in many images: COCO results and a table.
 
 The folder gets detections.json (COCO and LVIS results), detections.csv (with the names of classes)
 and images.json (what the ids stand for). Thresholds of classes that "bags-d2 thresholds" has left

@@ -1,4 +1,4 @@
-"""Choose a score threshold for each class, for a precision that is asked for.
+"""Choose score thresholds of classes for a target precision.
 
 Detects in a validation set and writes the thresholds beside the checkpoint, where "bags-d2 predict"
 and "bags-d2 draw" find them. What they are worth is told from the set itself: chosen on half of its

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bags_d2 import ConfigError, DataError
+from bags_d2.data.annotations import read_annotations
 from bags_d2.evaluation.ground_truth import GroundTruth
 from bags_d2.evaluation.thresholds import (
     DETECTION,
@@ -117,7 +118,7 @@ def test_detections_are_selected_by_class():
 def test_what_is_right_is_what_the_evaluators_count(write_lvis):
     # Image 1 has one object of class a; image 2 one of b, and c is not annotated there.
     path = write_lvis({1: "a", 2: "b", 3: "c"}, [(1, 1), (2, 2)])
-    truth = GroundTruth(path, class_names=NAMES)
+    truth = GroundTruth(read_annotations(path), class_names=NAMES)
     box = (1, 2, 3, 4)
     rows = [(1, *box, 0.9, 1), (1, *box, 0.8, 1), (2, 10, 10, 3, 3, 0.7, 2), (2, *box, 0.6, 3)]
     found = judge(truth, np.array(rows, dtype=float), lvis=False)
