@@ -10,7 +10,7 @@ Example:
 
 import argparse
 
-from .flags import add_config_flags, add_trailing_options
+from .flags import add_cache_flags, add_config_flags, add_trailing_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("KIND", "JSON", "IMAGES"),
         help="the new images: coco or lvis, annotation file, folder",
     )
-    parser.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="box features of the training images, whose objects become negatives; made if they do "
-        "not exist; default: negatives of the new images alone",
-    )
-    parser.add_argument(
-        "--detector",
-        metavar="FILE",
-        help="checkpoint that these features are of, such as stage 1; default: MODEL.WEIGHTS",
-    )
+    add_cache_flags(parser, "objects in them are negatives too; default: none")
     add_config_flags(parser)
     add_trailing_options(parser)
 

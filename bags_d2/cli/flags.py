@@ -28,13 +28,12 @@ def add_config_flags(
     parser.add_argument("--method", metavar="NAME", help=METHOD_HELP)
 
 
-def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """``--cache`` and ``--detector``: box features of a trained detector."""
-    parser.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="box features, made if they do not exist; default: those that fit takes",
-    )
+def add_cache_flags(
+    parser: argparse.ArgumentParser, use: str = "default: those that fit takes"
+) -> None:
+    """``--cache`` and ``--detector``: box features of the training images."""
+    help = f"box features of the training images, made if they do not exist; {use}"
+    parser.add_argument("--cache", metavar="FOLDER", help=help)
     parser.add_argument(
         "--detector",
         metavar="FILE",

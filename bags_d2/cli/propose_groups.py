@@ -13,11 +13,7 @@ from .flags import add_config_flags, add_trailing_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="box features, made if they do not exist; default: those that fit takes",
-    )
+    parser.add_argument("--cache", metavar="FOLDER", help="box features; default: those of fit")
     add_config_flags(parser)
     add_trailing_options(parser)
 

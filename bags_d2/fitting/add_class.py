@@ -94,15 +94,20 @@ def add_class(
             "detector (linear, not a cascade) that knows the names and counts of its classes."
         )
     names, (kind, json_file, image_root) = (*known.names, name), data
+    if kind not in ("coco", "lvis"):
+        raise ConfigError(f"--data is of kind '{kind}'; it must be coco or lvis.")
     annotations = read_annotations(json_file)
-    instances = dict(zip(annotations.names, annotations.instance_counts().tolist(), strict=True))
-    images = dict(zip(annotations.names, annotations.image_counts().tolist(), strict=True))
-    if name in known.names or not instances.get(name):
+    theirs = annotations.names
+    instances, images = (
+        dict(zip(theirs, of_file.tolist(), strict=True)).get(name, 0)
+        for of_file in (annotations.instance_counts(), annotations.image_counts())
+    )
+    if name in known.names or not instances:
         fault = "is a class of the checkpoint" if name in known.names else "has no object"
         raise DataError(f"--name '{name}' {fault} in '{json_file}'; correct it.")
 
     old = predictor.groups
-    count = (images if long_tail(cfg).COUNT_BY == "images" else instances)[name]
+    count = images if long_tail(cfg).COUNT_BY == "images" else instances
     edges = old.thresholds.cpu()
     group = torch.bucketize(torch.tensor([count]), edges, right=True) + 1
     counts = torch.cat([old.class_counts.cpu(), torch.tensor([count])])
@@ -111,9 +116,9 @@ def add_class(
     records = annotations.records(image_root, lvis=kind == "lvis", masks=False)
     for record in records:
         record["annotations"] = [
-            a | {"category_id": class_of[annotations.names[a["category_id"]]]}
+            a | {"category_id": class_of[theirs[a["category_id"]]]}
             for a in record["annotations"]
-            if annotations.names[a["category_id"]] in class_of
+            if theirs[a["category_id"]] in class_of
         ]
     negatives = []
     if folder or detector:
@@ -128,9 +133,7 @@ def add_class(
     with _registered(records, names, counts.tolist()):
         wider = BAGSTrainer.build_model(cfg)
         wider.load_state_dict(widened(model.state_dict(), wider.state_dict(), old, new))
-        wider.class_statistics = ClassStatistics(
-            names, (*known.training_instances, instances[name])
-        )
+        wider.class_statistics = ClassStatistics(names, (*known.training_instances, instances))
         # Features are those of a checkpoint, of which the column makes no difference.
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as temporary:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,14 +308,22 @@ def _cached_logits(
     """Logits (R, C) and labels (R,) of a stage's RoIs of all images, or of some at random."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randperm(cache.settings["num_images"], generator=generator).tolist()
-    left, found = MAX_LOGITS // layer.out_features, []
-    while left > 0 and images:
-        keys = [(0, images.pop()) for _ in range(min(64, len(images)))]
-        features, labels = of_stage(*cache.read(keys, device=layer.weight.device), stage)
-        found.append((layer(features), labels))
-        left -= len(labels)
-    logits, labels = zip(*found, strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    features, labels = read_rois(cache, images, MAX_LOGITS // layer.out_features, stage)
+    return layer(features.to(layer.weight)), labels.to(layer.weight.device)
+
+
+def read_rois(
+    cache: FeatureCache, images: Sequence[int], num_rois: int, stage: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (R, D) and labels (R,) of a stage, of as many images as have ``num_rois`` RoIs."""
+    parts, left = [], num_rois
+    for i in range(0, len(images), 64):
+        if left > 0:
+            keys = [(0, image) for image in images[i : i + 64]]
+            parts.append(of_stage(*cache.read(keys), stage))
+            left -= len(parts[-1][1])
+    features, labels = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(labels)
 
 
 def load_detector(cfg: CfgNode) -> GeneralizedRCNN:

@@ -23,9 +23,9 @@ from ..data.samplers import epoch_order
 from ..errors import ConfigError
 from ..evaluation.bins import ap_per_bin, balanced_ap
 from ..modeling.box_predictors import BAGSOutputLayers
-from .calibration import MAX_LOGITS, cached_features
+from .calibration import MAX_LOGITS, cached_features, read_rois
 from .extract import load_frozen_detector
-from .train import ClassifierTrainer, of_stage
+from .train import ClassifierTrainer
 
 __all__ = ["Proposal", "propose_groups", "roi_ap"]
 
@@ -76,7 +76,8 @@ def propose_groups(
     records, counts = training_records(cfg), training_class_counts(cfg)
     shuffled = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
     halves = shuffled.tensor_split(2)
-    held_out = [_read(cache, half.tolist(), MAX_LOGITS // len(counts)) for half in halves]
+    num_rois = MAX_LOGITS // len(counts)
+    held_out = [read_rois(cache, half.tolist(), num_rois) for half in halves]
     cfg.SOLVER.SCHEDULE_FACTOR = 0.5
     scale_schedule(cfg)
     proposals = []
@@ -120,13 +121,3 @@ def _fit(cfg: CfgNode, cache, records: Sequence[dict], half: torch.Tensor) -> BA
         predictor = load_frozen_detector(cfg).roi_heads.box_predictor
         ClassifierTrainer(cfg, cache, [predictor]).fit(lambda generator: half[order(generator)])
     return predictor.eval()
-
-
-def _read(cache, images: list[int], num_rois: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and labels of the RoIs of some images, until there are enough."""
-    parts, left = [], num_rois
-    while left > 0 and images:
-        parts.append(of_stage(*cache.read([(0, images.pop())]), 0))
-        left -= len(parts[-1][1])
-    features, labels = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(labels)

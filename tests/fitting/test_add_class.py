@@ -170,6 +170,8 @@ def test_what_cannot_be_added_is_refused_in_one_sentence(detector, glyphs, tmp_p
     known = read_annotations(glyphs[0]).names[0]
     with pytest.raises(DataError, match=f"--name '{known}' is a class of the checkpoint"):
         add_class(cfg, known, data)
+    with pytest.raises(ConfigError, match="--data is of kind 'voc'"):
+        add_class(cfg, name, ("voc", *glyphs))
     cfg, name = detector("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers")
     with pytest.raises(ConfigError, match="cannot take in a class: it must be a BAGS"):
         add_class(cfg, name, data)

@@ -48,8 +48,10 @@ def test_each_choice_is_judged_on_images_that_it_has_not_seen(cfg, tmp_path, mon
     monkeypatch.setattr(
         module, "_fit", lambda *args: seen.append(set(args[3].tolist())) or fit(*args)
     )
-    read, held_out = module._read, []
-    monkeypatch.setattr(module, "_read", lambda *args: held_out.append(set(args[1])) or read(*args))
+    read, held_out = module.read_rois, []
+    monkeypatch.setattr(
+        module, "read_rois", lambda *args: held_out.append(set(args[1])) or read(*args)
+    )
     found = propose_groups(cfg, tmp_path / "cache", [(10,), (10, 100)], [1.0, float("inf")])
     assert {(p.thresholds, p.beta) for p in found} == {
         ((10,), 1.0),
