@@ -1,4 +1,4 @@
-"""Show how often samplers draw images of each bin of classes.
+"""Show how often images of each bin are drawn, by sampler.
 
 A table of what DATALOADER.SAMPLER_TRAIN may be: the length of an epoch, and for each bin of
 training count how many instances of a class an epoch shows, on average. It is computed from the
