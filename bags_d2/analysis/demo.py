@@ -38,6 +38,7 @@ _LABELS = {
     "softmax_retrained": "softmax, classifier retrained",
     "bags": "Balanced Group Softmax",
     "bags_joint": "BAGS, joint merge, images by class",
+    "crt+cosine": "cRT, cosine classifier (recommended)",
 }
 _RARE = 10  # training instances: classes with fewer are drawn thick
 _MIN_SCORE = 0.3
@@ -79,7 +80,7 @@ def run_demo(output: Path, seed: int = 1, from_scratch: bool = False, online: bo
             if online:
                 seconds[name] = _run("train", folder, *method, *with_seed, *detector)
                 continue
-            cache = ("--cache", str(output / "features"))
+            cache = ("--cache", str(output / "features"), "--cache-dtype", "float16")
             fitted = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
             seconds[name] = _run("fit", folder, *method, *cache, *with_seed, *detector)
             seconds[name] += _run("train", folder, *method, "--eval-only", *fitted)
@@ -97,8 +98,7 @@ def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
     """Write ``results.json``, the charts and the pictures of a finished demo.
 
     Args:
-        output: folder with one run in each of ``softmax``, ``softmax_retrained``, ``bags`` and
-                ``bags_joint``.
+        output: folder with a run of each method, in a folder of its name.
         seconds: duration of each step, for the record.
 
     Returns:

@@ -58,7 +58,7 @@ def plot_ap_bins(
             x, heights = centers + (i - (len(metrics) - 1) / 2) * width, [v or 0.0 for v in values]
             bars = axes.bar(x, heights, width * 0.94, color=run_color(i), label=_label(name))
             texts = ["-" if v is None else f"{v:.1f}" for v in values]
-            axes.bar_label(bars, texts, fontsize=8, padding=1)
+            axes.bar_label(bars, texts, fontsize=min(8, 40 * width), padding=1)
         axes.set_xticks(centers, [*labels, "mean of the\nbins (bAP)"])
 
 
