@@ -22,6 +22,7 @@ from .ground_truth import GroundTruth
 __all__ = ["Matches", "bootstrap_ap", "bootstrap_measures", "draw_images", "match_detections"]
 
 _MAX_DETS = {"lvis": 300, "coco": 100}  # of an image; of an image and a class
+_ANY_SIZE = [0.0, 1e10]
 _RECALLS = np.linspace(0, 1, 101)
 
 
@@ -68,12 +69,13 @@ def match_detections(
         results = results.cap_detections_per_image(None)
     evaluation = COCOeval(ground_truth, results, task, lvis_style=lvis)
     evaluation.params.max_dets = [_MAX_DETS["lvis" if lvis else "coco"]]
+    evaluation.params.area_rng, evaluation.params.area_rng_lbl = [_ANY_SIZE], ["all"]
     evaluation.evaluate()
 
     position = {image_id: i for i, image_id in enumerate(images.inside)}
     of_category = defaultdict(list)
     for found in evaluation.eval_imgs:
-        if found is not None and found["aRng"][1] > 1e9 and found["aRng"][0] == 0:  # of any size
+        if found is not None:
             of_category[found["category_id"]].append(found)
     num_thresholds = len(evaluation.params.iou_thrs)
     return [
