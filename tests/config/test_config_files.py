@@ -1,11 +1,12 @@
 """Reading configs: bases, older versions, and that Detectron2 reads the same from them."""
 
+import math
 from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
 
-from bags_d2 import ConfigError, add_bags_config
+from bags_d2 import ConfigError, MissingFileError, add_bags_config
 from bags_d2.config import merge_config_file, read_config_file, scale_schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -77,3 +78,38 @@ def test_a_method_that_is_built_on_itself_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "methods" / "x.yaml").write_text("_BASE_: ../my_x.yaml\n")  # which has no file
     with pytest.raises(ConfigError, match=r"x\.yaml' is its own _BASE_"):
         read_config_file(tmp_path / "my_baseline.yaml", "x")
+
+
+def test_methods_are_laid_over_each_other_from_left_to_right():
+    baseline = CONFIGS / "lvis_baseline_R50.yaml"
+    content = read_config_file(baseline, "crt+cosine+SOLVER.BASE_LR=0.5")
+    assert content["DATALOADER"]["SAMPLER_TRAIN"] == "ClassBalancedTrainingSampler"
+    assert content["MODEL"]["ROI_BOX_PREDICTOR"]["NORMALIZED"] is True
+    assert content["SOLVER"]["BASE_LR"] == 0.5
+    assert content["OUTPUT_DIR"] == "output/lvis_crt+cosine+SOLVER.BASE_LR=0.5_R50"
+    # A method of several is one of stage 2 if any of them is.
+    assert content["MODEL"]["WEIGHTS"] == "output/lvis_baseline_R50/model_final.pth"
+    later = read_config_file(baseline, "crt+DATALOADER.SAMPLER_TRAIN=TrainingSampler")
+    assert later["DATALOADER"]["SAMPLER_TRAIN"] == "TrainingSampler"
+    groups = read_config_file(baseline, "bags+MODEL.BAGS.GROUP_THRESHOLDS=[5, 50]")
+    assert groups["MODEL"]["BAGS"]["GROUP_THRESHOLDS"] == [5, 50]
+
+
+@pytest.mark.parametrize(
+    ("former", "ratio"), [("beta8", 8.0), ("beta0.5", 0.5), ("beta0", 0.0), ("beta_all", math.inf)]
+)
+def test_former_names_of_beta_still_work(former, ratio):
+    content = read_config_file(CONFIGS / "lvis_baseline_R50.yaml", f"bags_{former}")
+    assert content["MODEL"]["BAGS"]["OTHERS_SAMPLE_RATIO"] == ratio
+    assert isinstance(content["MODEL"]["BAGS"]["OTHERS_SAMPLE_RATIO"], float)
+
+
+@pytest.mark.parametrize("method", ["crt+nothing", "+crt", "crt+", "nothing+SOLVER.BASE_LR=1.0"])
+def test_a_part_that_is_no_method_is_an_error(method):
+    with pytest.raises(MissingFileError, match="There is no method"):
+        read_config_file(CONFIGS / "lvis_baseline_R50.yaml", method)
+
+
+def test_a_value_that_is_no_yaml_is_an_error():
+    with pytest.raises(ConfigError, match="value of 'SEED=\\[1' cannot be read"):
+        read_config_file(CONFIGS / "lvis_baseline_R50.yaml", "crt+SEED=[1")
