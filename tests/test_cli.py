@@ -1,5 +1,6 @@
 """bags-d2: its table of commands, their help, and how errors and Ctrl-C end it."""
 
+import importlib
 import os
 import pkgutil
 import signal
@@ -89,7 +90,7 @@ def test_how_a_command_ends(raised, code, sentence, monkeypatch, capsys):
     def run(_):
         raise raised
 
-    monkeypatch.setattr(sys.modules["bags_d2.cli.train"], "run", run)
+    monkeypatch.setattr(importlib.import_module("bags_d2.cli.train"), "run", run)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--config-file", "x.yaml"])
     assert str(ended.value.code).startswith(str(code))
@@ -118,7 +119,8 @@ def test_ctrl_c_in_a_training_is_one_sentence(num_processes, num_workers, datase
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert errors.split("\n") == ["", f"Interrupted. {cli.train.INTERRUPTED}", ""]
+    how = importlib.import_module("bags_d2.cli.train").INTERRUPTED
+    assert errors.split("\n") == ["", f"Interrupted. {how}", ""]
 
 
 @pytest.mark.slow

@@ -126,7 +126,13 @@ def test_results_are_never_beside_other_detections(datasets_root, tmp_path):
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "first", folder)
 
-    kill_often(evaluate, (root, folder, detectors[1]), 12, check)
+    # When a kill falls between detections and results is a matter of load.
+    for _ in range(4):
+        kill_often(evaluate, (root, folder, detectors[1]), 12, check)
+        if killed_before_results:
+            break
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "first", folder)
     assert killed_before_results
     assert (results.read_bytes(), detections.read_bytes()) == whole[1]
 
