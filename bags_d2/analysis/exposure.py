@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..data.build import training_records
-from ..data.samplers import EPOCH_SAMPLERS, expected_draws
+from ..data.samplers import EPOCH_SAMPLERS, expected_draws, instance_classes
 from ..errors import DataError
 from ..evaluation.bins import bin_index
 
@@ -20,9 +20,7 @@ def class_exposure(records: Sequence[dict], draws: torch.Tensor, num_classes: in
     """Instances of each class (K,) that an epoch shows, if it takes image i ``draws[i]`` times."""
     exposure = torch.zeros(num_classes, dtype=torch.float64)
     for record, times in zip(records, draws.tolist(), strict=True):
-        for c, number in Counter(
-            a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)
-        ).items():
+        for c, number in Counter(instance_classes(record)).items():
             exposure[c] += times * number
     return exposure
 

@@ -24,6 +24,7 @@ __all__ = [
     "class_balanced_order",
     "epoch_order",
     "expected_draws",
+    "instance_classes",
     "repeated_order",
     "shuffled",
 ]
@@ -199,7 +200,7 @@ def class_balanced_order(
 def _scarcity(records: Sequence[dict], threshold: float) -> dict[int, float]:
     """sqrt(t / sqrt(f_image f_instance)) of each class, f its share of images and of instances."""
     images = Counter(c for record in records for c in _classes_of(record))
-    instances = Counter(c for record in records for c in _instances_of(record))
+    instances = Counter(c for record in records for c in instance_classes(record))
     product = {c: images[c] / len(records) * instances[c] / instances.total() for c in images}
     return {c: (threshold / share**0.5) ** 0.5 for c, share in product.items()}
 
@@ -223,9 +224,9 @@ def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:
 
 
 def _classes_of(record: dict) -> set[int]:
-    return set(_instances_of(record))
+    return set(instance_classes(record))
 
 
-def _instances_of(record: dict) -> list[int]:
+def instance_classes(record: dict) -> list[int]:
     """Classes of a record's objects; crowds do not count, since training leaves them out."""
     return [a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)]
