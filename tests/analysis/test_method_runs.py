@@ -46,7 +46,9 @@ class Machine:
             seed = int(command[command.index("SEED") + 1])
             measures |= {"AP": 20.0 + seed, "APr": None, "APc": 3.0, "APf": 4.0}
             measures["bAP"] = 10.0 * seed + (seed if "bags" in str(folder) else 0)
-            (folder / "results.json").write_text(json.dumps({"bbox": measures}))
+            fixed = {"AP": 7.0, "bAP": 8.0}
+            content = {"bbox": measures, "bbox_fixed": fixed if "bags" in str(folder) else {}}
+            (folder / "results.json").write_text(json.dumps(content))
         return 60.0
 
 
@@ -181,8 +183,11 @@ def test_the_report_has_means_over_seeds_and_every_run(comparison, tmp_path):
     assert rows["bags"]["gain"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5)}
     assert rows[BASELINE]["gain"] == {"mean": 0.0, "std": 0.0}
     assert all(row["gain"]["mean"] is None for row in summarize(runs[3:]))
+    assert rows["bags"]["bAP-fixed"] == {"mean": 8.0, "std": 0.0}
     table = write_comparison(runs, tmp_path, "Title")
     assert "22.0 ± 1.0" in table
+    assert "| AP-fixed" in table
+    assert "| APr" not in table  # which none of the runs has
     assert (tmp_path / "comparison.md").read_text() == table
     assert json.loads((tmp_path / "comparison.json").read_text()) == summarize(runs)
     lines = list(csv.DictReader((tmp_path / "comparison.csv").open()))
