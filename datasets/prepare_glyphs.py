@@ -616,6 +616,8 @@ def _is_built(folder: Path, stamp: dict) -> bool:
         DataError: it holds something else.
     """
     if not folder.exists():
+        if folder.is_symlink():  # no finished set could be moved to its place
+            raise DataError(f"{folder} is a link to nothing; remove it or create its target.")
         return False
     try:
         found = load_json(folder / "glyphs.json")
