@@ -31,6 +31,7 @@ __all__ = [
     "FolderInUseError",
     "content_hash",
     "dump_json",
+    "file_version",
     "load_json",
     "load_yaml",
     "lock_folder",
@@ -184,10 +185,14 @@ def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable
 def content_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file, computed once for each version of it."""
     local = require_file(path)
-    found = os.stat(local)
+    return _hash_of_version(os.path.abspath(local), file_version(local))
+
+
+def file_version(path: str | os.PathLike) -> tuple[int, ...]:
+    """What changes whenever a file does."""
+    found = os.stat(path)
     # The time of the last change of status cannot be set back, as that of the content can.
-    version = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _hash_of_version(os.path.abspath(local), version)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import BagsError, DataError, MissingFileError
+from ...utils.files import file_version
 from ..annotations import AnnotationSet, check_annotations, read_annotations
 from ..images import image_size
 from . import labelme, voc, yolo
@@ -63,8 +64,7 @@ def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:
 def _version(paths: Iterable[str | os.PathLike]) -> bytes:
     digest = hashlib.sha256()
     for path in paths:
-        found = os.stat(path) if os.path.exists(path) else None
-        version = found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        version = file_version(path) if os.path.exists(path) else None
         digest.update(os.fsencode(f"{path}\0{version}\n"))
     return digest.digest()
 
