@@ -284,10 +284,11 @@ class AnnotationSet:
         needed.append(("category", self.categories, key, self.frequencies))
         for kind, ids, key, values in needed:
             if None in values:
+                first = ids.outside[values.index(None)]
                 raise DataError(
-                    f"'{self.path}': {kind} {ids.outside[values.index(None)]!r} has no {key}, which LVIS's "
-                    f"measures need; add it to every {kind}, or, to evaluate with COCO's measures, "
-                    "register the data set as 'coco' (DATASETS.REGISTER, docs/datasets.md)."
+                    f"'{self.path}': {kind} {first!r} has no {key}, which LVIS's measures need; "
+                    f"add it to every {kind}, or, to evaluate with COCO's measures, register the "
+                    "data set as 'coco' (DATASETS.REGISTER, docs/datasets.md)."
                 )
 
     def _refuse(self, row: int, what: str) -> NoReturn:

@@ -4,6 +4,7 @@ The stream of samples is a function of a seed. Sample number p of a process is d
 put into a batch in the same way whether training has run up to it or was resumed before it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from ..errors import DataError, MissingFileError
 from ..utils.seeding import isolated_generators, step_seed
 from .build import training_records
-from .images import check_image
+from .images import check_image, unreadable
 from .samplers import EpochOrder, EpochSampler, epoch_order
 
 __all__ = ["LongTailDatasetMapper", "ResumableSampler", "build_resumable_loader"]
@@ -29,20 +30,13 @@ class LongTailDatasetMapper(DatasetMapper):
     """``DatasetMapper`` whose errors name the image, and whose choices follow a sample's seed."""
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """As the parent's.
-
-        Raises:
-            MissingFileError: if the image does not exist.
-            DataError: if it is damaged, of another size than annotated, or deeper than 8 bits.
-        """
+        """As the parent's; a MissingFileError or DataError if the image cannot be used."""
         dataset_dict = dict(dataset_dict)
         seed = dataset_dict.pop(_SEED_KEY, None)
         path = dataset_dict["file_name"]
         try:
             check_image(path)
-            if seed is None:
-                return super().__call__(dataset_dict)
-            with isolated_generators(seed):
+            with contextlib.nullcontext() if seed is None else isolated_generators(seed):
                 return super().__call__(dataset_dict)
         except FileNotFoundError:
             raise MissingFileError(
@@ -52,10 +46,7 @@ class LongTailDatasetMapper(DatasetMapper):
         except SizeMismatchError as error:
             raise DataError(f"{str(error).rstrip('.')} ('{path}').") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"Image '{path}' cannot be read ({error}); restore it, or leave it out of the "
-                "annotations."
-            ) from None
+            raise unreadable(path, error) from None
 
 
 def build_resumable_loader(cfg: CfgNode, start_iter: int = 0):
@@ -118,8 +109,7 @@ class ResumableSampler(Sampler):
             order: positions of an epoch's images.
             num_images: of the data set.
             seed: of the stream; the same in all processes.
-            batch_size: images of a batch of one process.
-            num_workers: worker processes of the loader.
+            batch_size, num_workers: of the loader, in one process.
             bucket_of: images of which the loader batches together, by position; None for all.
             start_iter: batches that this process has had.
         """
