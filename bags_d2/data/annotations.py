@@ -330,16 +330,18 @@ def check_annotations(
     Raises:
         DataError: for the first thing that has no meaning.
     """
-    sections = []
-    for name in ("images", "categories", "annotations"):
+    sections = {}
+    for name in (
+        ("categories", "images", "annotations") if isinstance(content, dict) else ["images"]
+    ):
         rows = content.get(name) if isinstance(content, dict) else None
-        rows = [] if rows is None and sections[1:] else rows  # annotations may be missing
-        if not isinstance(rows, list):
+        sections[name] = [] if rows is None and name == "annotations" else rows
+        if not isinstance(sections[name], list):
             raise DataError(f"'{path}' has no list '{name}': not a COCO or LVIS annotation file.")
-        if not rows and name != "annotations":
+    for name in ("categories", "images"):
+        if not sections[name]:
             raise DataError(f"'{path}' has no {name}; list at least one.")
-        sections.append(rows)
-    image_rows, category_rows, annotations = sections
+    category_rows, image_rows, annotations = sections.values()
     categories = Ids(_check_rows(path, "category", category_rows, _CATEGORY_CHECKS))
     list_checks = {
         f"{key} {{{key}}}; it must list ids of the file's categories": functools.partial(

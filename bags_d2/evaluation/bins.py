@@ -6,7 +6,6 @@ ranges of object sizes, M limits of detections per image. n count thresholds mak
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
@@ -91,12 +90,12 @@ def ap_per_bin(
     """
     ap = np.asarray(per_class_ap, dtype=np.float64)
     bins = bin_index(_count_array(class_counts, len(ap)), thresholds)
-    return {f"AP{i + 1}": _defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
+    return {f"AP{i + 1}": defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
 
 
 def balanced_ap(bin_aps: Mapping[str, float]) -> float:
     """Average the defined values of `ap_per_bin`, so that each bin weighs the same; NaN if none."""
-    return _defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
+    return defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
 
 
 def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
@@ -170,19 +169,19 @@ class ClassReport:
 
     def _bin_table(self, ap: np.ndarray, bin_aps: dict[str, float]) -> str:
         bins = bin_index(self._counts, self._thresholds)
-        bounds = itertools.pairwise([0, *self._thresholds, math.inf])
-        rows = [
-            (name, f"[{low}, {high})", (bins == i).sum(), (~np.isnan(ap[bins == i])).sum(), bin_ap)
-            for i, ((name, bin_ap), (low, high)) in enumerate(
-                zip(bin_aps.items(), bounds, strict=True)
-            )
-        ]
+        bounds = [0, *self._thresholds, math.inf]
+        rows = []
+        for i, (name, bin_ap) in enumerate(bin_aps.items()):
+            found = ap[bins == i]
+            span = f"[{bounds[i]}, {bounds[i + 1]})"
+            rows.append((name, span, len(found), (~np.isnan(found)).sum(), bin_ap))
         rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
         headers = ("", "training instances", "classes", "evaluated", "AP")
         return tabulate(rows, headers, "pipe", ".3f")
 
 
-def _defined_mean(values: np.ndarray) -> float:
+def defined_mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")
 

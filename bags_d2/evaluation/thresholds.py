@@ -17,10 +17,10 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from hotcoco import COCO, COCOeval
 
 from ..errors import ConfigError, DataError
 from ..utils.files import load_json, write_json
+from .detections import ANY_SIZE, match
 from .ground_truth import GroundTruth
 
 __all__ = ["DETECTION", "ScoreThresholds", "choose_thresholds", "held_out_summary", "judge"]
@@ -57,10 +57,7 @@ class ScoreThresholds:
     def of_checkpoint(
         cls, checkpoint: str | os.PathLike, choice: str | None = None
     ) -> ScoreThresholds | None:
-        """Those of the file ``choice``; if that is None, those beside the checkpoint, if any.
-
-        "none" takes none.
-        """
+        """Those of the file ``choice`` ("none": none), else those beside the checkpoint, if any."""
         path = cls.path_of(checkpoint) if choice is None else choice
         if choice == "none" or (choice is None and not path.is_file()):
             return None
@@ -101,12 +98,7 @@ def judge(truth: GroundTruth, rows: np.ndarray, *, lvis: bool) -> np.ndarray:
     Those in ignored regions are left out; with ``lvis`` also those of classes that are not
     annotated in the image.
     """
-    ground_truth = COCO(truth.as_coco("bbox", lvis=lvis))
-    evaluation = COCOeval(ground_truth, ground_truth.load_res(rows), "bbox", lvis_style=lvis)
-    params = evaluation.params
-    params.iou_thrs, params.max_dets = [0.5], [max(len(rows), 1)]
-    params.area_rng, params.area_rng_lbl = [[0, 1e10]], ["all"]
-    evaluation.evaluate()
+    evaluation = match(truth, rows, None, "bbox", lvis=lvis, iou_thrs=[0.5], **ANY_SIZE)
     class_of = dict(zip(truth.category_ids.tolist(), truth.classes.tolist(), strict=True))
     found = [
         (class_of[pair["category_id"]], score, right, pair["image_id"])
@@ -123,7 +115,7 @@ def precisions(found: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Precision of each class (K,) at thresholds (K,); NaN where nothing reaches them."""
     kept = found[found["score"] >= thresholds[found["class"]]]
     right, all_kept = (
-        np.bincount(x["class"], minlength=len(thresholds)) for x in (kept[kept["right"]], kept)
+        np.bincount(kept["class"], weights, len(thresholds)) for weights in (kept["right"], None)
     )
     return np.where(all_kept > 0, right / np.maximum(all_kept, 1), np.nan)
 
@@ -178,8 +170,7 @@ def choose_thresholds(
 def held_out_summary(found: np.ndarray, names: Sequence[str], precision: float, *options) -> str:
     """What thresholds chosen on half of the images are worth on the other half, in a sentence.
 
-    Args:
-        found, names, precision, *options: as for :func:`choose_thresholds`.
+    The arguments are those of :func:`choose_thresholds`.
     """
     images = np.random.default_rng(0).permutation(np.unique(found["image"]))
     is_first = np.isin(found["image"], images[: len(images) // 2])
