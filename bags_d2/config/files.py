@@ -17,16 +17,6 @@ from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
 from .renamed import rename_keys
 
-__all__ = [
-    "BASELINE",
-    "find_config",
-    "list_methods",
-    "merge_config_file",
-    "read_config_file",
-    "run_name",
-    "scale_schedule",
-]
-
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
 
 _BASE = "_BASE_"

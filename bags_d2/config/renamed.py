@@ -7,8 +7,6 @@ from detectron2.config import CfgNode
 
 from ..errors import ConfigError
 
-__all__ = ["current_name", "former_names", "long_tail", "rename_keys", "rename_options"]
-
 _FORMER, _CURRENT = "BAGS", "LONG_TAIL"
 # With their defaults, under the current names.
 _MOVED = {"COUNT_BY": "instances", "CLASS_COUNTS_FILE": "", "CASCADE_AVERAGE": "logits"}

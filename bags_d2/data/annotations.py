@@ -25,8 +25,6 @@ from ..errors import DataError
 from ..utils.files import file_version, load_json, require_file
 from .masks import Masks
 
-__all__ = ["AnnotationSet", "Ids", "check_annotations", "read_annotations"]
-
 logger = logging.getLogger(__name__)
 
 Id = int | str
@@ -156,12 +154,8 @@ class AnnotationSet:
 
         Args:
             image_root: folder that the images' paths start from.
-            lvis: give LVIS's lists of categories, and find images as LVIS v1 does; see
-                :meth:`file_name`.
+            lvis: give LVIS's lists of categories, and find images by :meth:`file_name` of LVIS.
             masks: give masks, polygons as arrays of float64.
-
-        Raises:
-            DataError: if an image has no file name.
         """
         boxes, classes, is_object = (x.tolist() for x in (self.boxes, self.classes, self.is_object))
         records = []
@@ -319,7 +313,7 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
 def check_annotations(
     path: str, content: Any, notes: Sequence[str] = (), lists_all_classes: bool = True
 ) -> AnnotationSet:
-    """Check and normalize what an annotation file holds, or a folder of another format.
+    """Check and normalize the content of an annotation file, or of a folder of another format.
 
     Args:
         path: for messages.
@@ -330,11 +324,9 @@ def check_annotations(
     Raises:
         DataError: for the first thing that has no meaning.
     """
-    sections = {}
-    for name in (
-        ("categories", "images", "annotations") if isinstance(content, dict) else ["images"]
-    ):
-        rows = content.get(name) if isinstance(content, dict) else None
+    sections, is_object = {}, isinstance(content, dict)
+    for name in ("categories", "images", "annotations") if is_object else ("images",):
+        rows = content.get(name) if is_object else None
         sections[name] = [] if rows is None and name == "annotations" else rows
         if not isinstance(sections[name], list):
             raise DataError(f"'{path}' has no list '{name}': not a COCO or LVIS annotation file.")
@@ -343,21 +335,15 @@ def check_annotations(
             raise DataError(f"'{path}' has no {name}; list at least one.")
     category_rows, image_rows, annotations = sections.values()
     categories = Ids(_check_rows(path, "category", category_rows, _CATEGORY_CHECKS))
-    list_checks = {
-        f"{key} {{{key}}}; it must list ids of the file's categories": functools.partial(
-            _lists_ids, key, categories
-        )
-        for key in _LVIS_LISTS
+    listed = "{} {{{}}}; it must list ids of the file's categories"
+    lists = {listed.format(k, k): functools.partial(_lists_ids, k, categories) for k in _LVIS_LISTS}
+    images = Ids(_check_rows(path, "image", image_rows, _IMAGE_CHECKS | lists))
+    unknown = "{} {{{}}}, which is not among the file's; correct or remove it"
+    ids = {
+        unknown.format(key, key): lambda row, key=key, known=known: known.lists(row.get(key))
+        for key, known in (("image_id", images), ("category_id", categories))
     }
-    images = Ids(_check_rows(path, "image", image_rows, _IMAGE_CHECKS | list_checks))
-    ids = {"image_id": images, "category_id": categories}
-    id_checks = {
-        f"{key} {{{key}}}, which is not among the file's; correct or remove it": (
-            lambda row, key=key, known=known: known.lists(row.get(key))
-        )
-        for key, known in ids.items()
-    }
-    _check_rows(path, "annotation", annotations, id_checks | _ANNOTATION_CHECKS)
+    _check_rows(path, "annotation", annotations, ids | _ANNOTATION_CHECKS)
 
     category_rows = sorted(category_rows, key=lambda row: categories.position(row["id"]))
     frequencies = [row.get("frequency") for row in category_rows]

@@ -13,15 +13,6 @@ from .annotations import AnnotationSet
 from .class_statistics import require_same_classes
 from .datasets import class_names, dataset_annotations
 
-__all__ = [
-    "check_dataset",
-    "check_datasets",
-    "evaluated_classes",
-    "refuse_proposals",
-    "test_records",
-    "training_records",
-]
-
 logger = logging.getLogger(__name__)
 
 
@@ -124,19 +115,15 @@ def evaluated_classes(
     *,
     in_common: bool = False,
 ) -> np.ndarray:
-    """The model's class of each category of an evaluated file, matched by name.
+    """The model's class (K,) of each of K categories, matched by name; -1 if it is not evaluated.
 
     Args:
-        json_file: the file, for messages.
-        annotations: its content; K categories.
+        json_file, annotations: the evaluated file, for messages, and its content.
         metadata: of the data set; its names and id map, if it has any, say which class a category
             is, else category ids are in the order of classes.
         model_names: names of the model's classes in their order; None if unknown, then the data
             set's own order stands.
         in_common: ``TEST.COMMON_CLASSES_ONLY``.
-
-    Returns:
-        (K,) classes; -1 for a category that is not evaluated.
 
     Raises:
         ConfigError: if the two have different classes and not ``in_common``.

@@ -22,16 +22,6 @@ from ..utils.files import load_json
 from .annotations import AnnotationSet, read_annotations
 from .datasets import class_names, dataset_annotations
 
-__all__ = [
-    "ClassStatistics",
-    "count_annotation_file",
-    "count_classes",
-    "read_class_counts",
-    "training_class_counts",
-    "training_class_names",
-    "training_image_count",
-]
-
 logger = logging.getLogger(__name__)
 
 COUNTABLE = ("instances", "images")

@@ -15,20 +15,6 @@ from .lvis_v1 import lvis_v1_counts
 # What datasets/prepare_glyphs.py draws.
 GLYPH_SETS = ("glyphs", "glyphs_lvis", "glyphs_tiny")
 
-__all__ = [
-    "adopt",
-    "class_names",
-    "dataset_annotations",
-    "evaluated_annotations",
-    "load_annotation_file",
-    "load_lvis_format",
-    "missing_dataset_message",
-    "register_annotation_file",
-    "register_builtin_datasets",
-    "register_from_config",
-    "register_lvis_format",
-]
-
 KINDS = ("coco", "lvis", *FOLDER_KINDS)
 
 # Where Detectron2's own loaders of annotation files are defined, which register_coco_instances,

@@ -11,8 +11,6 @@ from PIL import Image
 from ..errors import DataError
 from ..utils.files import require_file
 
-__all__ = ["check_image", "image_size", "read_image"]
-
 _ORIENTATION = 274  # of EXIF data; 5 to 8 are turned by a right angle
 
 

@@ -23,8 +23,6 @@ from .build import training_records
 from .images import check_image, unreadable
 from .samplers import EpochSampler, epoch_order
 
-__all__ = ["LongTailDatasetMapper", "ResumableBatches", "build_resumable_loader"]
-
 
 class LongTailDatasetMapper(DatasetMapper):
     """``DatasetMapper`` whose errors name the image."""

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_utils
 
-__all__ = ["Masks"]
-
 # pycocotools rasterizes polygons with integers that overflow on larger coordinates.
 MAX_COORDINATE = 1e5
 

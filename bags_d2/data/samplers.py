@@ -18,17 +18,6 @@ from torch.utils.data import Sampler
 from ..errors import ConfigError, DataError
 from .class_statistics import training_class_counts
 
-__all__ = [
-    "EPOCH_SAMPLERS",
-    "EpochSampler",
-    "class_balanced_order",
-    "epoch_order",
-    "expected_draws",
-    "instance_classes",
-    "repeated_order",
-    "shuffled",
-]
-
 EpochOrder = Callable[[torch.Generator], torch.Tensor]
 
 # Values of DATALOADER.SAMPLER_TRAIN:
@@ -73,23 +62,20 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
 
     Args:
         cfg: the config.
-        records: Detectron2's records of the training images; of ``TrainingSampler`` only their
-            number counts.
+        records: Detectron2's; of ``TrainingSampler`` only their number counts.
 
     Raises:
         ConfigError: if there is no such sampler here.
         DataError: if no image has what the sampler is to draw.
     """
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == RANDOM:
-        return functools.partial(shuffled, torch.arange(len(records)))
+    name, draws = cfg.DATALOADER.SAMPLER_TRAIN, expected_draws(cfg, records)
     if name in (RFS, IRFS):
-        return functools.partial(repeated_order, expected_draws(cfg, records))
+        return functools.partial(repeated_order, draws)
     if name == E_IRFS:
-        return functools.partial(weighted_order, expected_draws(cfg, records))
+        return functools.partial(weighted_order, draws)
     if name == CLASS_BALANCED:
         return functools.partial(class_balanced_order, _images_of_classes(records), len(records))
-    return functools.partial(shuffled, expected_draws(cfg, records).nonzero().flatten())
+    return functools.partial(shuffled, draws.nonzero().flatten())
 
 
 def expected_draws(cfg: CfgNode, records: Sequence[dict]) -> torch.Tensor:

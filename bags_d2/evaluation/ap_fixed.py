@@ -16,8 +16,6 @@ from hotcoco import COCOeval
 from .detections import CATEGORY, IMAGE, best_rows, match, matchable
 from .ground_truth import GroundTruth
 
-__all__ = ["BestDetections", "evaluate_without_image_cap"]
-
 
 class BestDetections:
     """The detections with the highest scores of each class, among all that were added.

@@ -19,15 +19,6 @@ from ..errors import ConfigError, DataError
 from ..utils.files import write_csv
 from .ground_truth import GroundTruth
 
-__all__ = [
-    "DEFAULT_COUNT_THRESHOLDS",
-    "ClassReport",
-    "Counts",
-    "ap_per_bin",
-    "balanced_ap",
-    "bin_index",
-]
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_COUNT_THRESHOLDS = (10, 100, 1000)
@@ -41,20 +32,13 @@ _COLUMNS = (
 
 
 def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS) -> np.ndarray:
-    """Find the bin of each count among half-open bins.
+    """Find the bin of each count (K,) among half-open bins, 0 for the smallest counts.
 
     Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), for
     which the Balanced Group Softmax paper reports AP.
 
-    Args:
-        counts: (K,) training instances of each class.
-        thresholds: strictly ascending positive bounds.
-
-    Returns:
-        (K,) bin of each class, 0 for the smallest counts.
-
     Raises:
-        ConfigError: if the thresholds do not ascend.
+        ConfigError: if the thresholds are not positive or do not ascend.
         DataError: if a count is negative.
     """
     bounds = np.asarray(thresholds)
@@ -73,13 +57,12 @@ def ap_per_bin(
     class_counts: Counts,
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> dict[str, float]:
-    """Average AP over the classes of each bin.
+    """Average AP over the classes of each bin of training instances.
 
     Args:
-        per_class_ap: (K,) AP of each class, NaN for a class without ground truth, which says
-            nothing about the detector and is left out.
-        class_counts: (K,) training instances of each class.
-        thresholds: bounds of the bins, see `bin_index`.
+        per_class_ap: (K,) NaN for a class without ground truth, which says nothing about the
+            detector and is left out.
+        class_counts, thresholds: (K,) training instances, and bounds of the bins; see `bin_index`.
 
     Returns:
         {"AP1": ..., "AP2": ...} from the fewest training instances to the most, in the unit of

@@ -18,8 +18,6 @@ from .bins import DEFAULT_COUNT_THRESHOLDS, Counts, ap_per_bin, balanced_ap, def
 from .detections import ANY_SIZE, IMAGE, best_rows, match, matchable, to_rows
 from .ground_truth import GroundTruth
 
-__all__ = ["Matches", "bootstrap_ap", "bootstrap_measures", "draw_images", "match_detections"]
-
 _MAX_DETS = {"lvis": 300, "coco": 100}  # of an image; of an image and a class
 _RECALLS = np.linspace(0, 1, 101)
 

@@ -16,8 +16,6 @@ from ..utils.files import load_json, write_json
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .ground_truth import GroundTruth
 
-__all__ = ["LongTailCOCOEvaluator"]
-
 
 class LongTailCOCOEvaluator(COCOEvaluator):
     """COCO measures, AP by training instances (AP1, AP2, ...) and their mean over the bins (bAP).

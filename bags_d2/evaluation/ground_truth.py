@@ -15,8 +15,6 @@ from ..data.build import evaluated_classes
 from ..data.datasets import evaluated_annotations
 from ..errors import DataError
 
-__all__ = ["GroundTruth", "PredictionError"]
-
 
 class PredictionError(DataError):
     """Predictions do not fit the annotation file, or are not numbers."""

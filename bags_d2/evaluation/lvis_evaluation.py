@@ -37,8 +37,6 @@ from .detections import (
 )
 from .ground_truth import GroundTruth, PredictionError
 
-__all__ = ["AnnotationError", "LongTailLVISEvaluator", "evaluate_lvis_predictions"]
-
 logger = logging.getLogger(__name__)
 
 # hotcoco's StreamingEval applies the cap of the LVIS challenge whatever it is asked for.

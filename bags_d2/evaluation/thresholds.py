@@ -23,8 +23,6 @@ from ..utils.files import load_json, write_json
 from .detections import ANY_SIZE, match
 from .ground_truth import GroundTruth
 
-__all__ = ["DETECTION", "ScoreThresholds", "choose_thresholds", "held_out_summary", "judge"]
-
 logger = logging.getLogger(__name__)
 
 DETECTION = np.dtype([("class", int), ("score", float), ("right", bool), ("image", int)])
@@ -141,8 +139,8 @@ def choose_thresholds(
         confidence: at least 0.5, which takes the measured precision as it is, and below 1.
 
     Raises:
-        ConfigError: for values out of range.
-        DataError: if not even all classes together have such a threshold.
+        ConfigError, DataError: for values out of range, and if not even all classes together have
+            such a threshold.
     """
     if not (0 < precision < 1 and 0.5 <= confidence < 1 and min_detections >= 1):
         raise ConfigError(

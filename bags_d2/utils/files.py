@@ -27,20 +27,6 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 
-__all__ = [
-    "FolderInUseError",
-    "content_hash",
-    "dump_json",
-    "file_version",
-    "load_json",
-    "load_yaml",
-    "lock_folder",
-    "require_file",
-    "write_atomically",
-    "write_csv",
-    "write_json",
-]
-
 _MAX_YAML_NODES = 1_000_000
 
 
