@@ -80,18 +80,18 @@ class GroupLayout:
             DataError: if the files contradict each other, the thresholds or the counts.
         """
         bins = label2binlabel.shape[0] if label2binlabel.dim() == 2 else 0
-        _require(
-            bins == len(thresholds) + 2 and pred_slice.shape == (bins, 2),
-            f"label2binlabel {tuple(label2binlabel.shape)} and pred_slice "
-            f"{tuple(pred_slice.shape)} are not of {len(thresholds) + 1} groups and a bin before "
-            "them (MODEL.BAGS.GROUP_THRESHOLDS).",
-        )
+        if bins != len(thresholds) + 2 or pred_slice.shape != (bins, 2):
+            raise DataError(
+                f"label2binlabel {tuple(label2binlabel.shape)} and pred_slice "
+                f"{tuple(pred_slice.shape)} are not of {len(thresholds) + 1} groups and a bin "
+                "before them (MODEL.BAGS.GROUP_THRESHOLDS)."
+            )
         slots = label2binlabel[1:, 1:].long()  # (G, K)
         in_one_bin = ((slots > 0).sum(dim=0) == 1).all() and (label2binlabel[0, 1:] == 1).all()
-        _require(
-            in_one_bin and not label2binlabel[:, 0].any(),
-            "label2binlabel must put every class into one bin, after a first of two.",
-        )
+        if not in_one_bin or label2binlabel[:, 0].any():
+            raise DataError(
+                "label2binlabel must put every class into one bin, after a first of two."
+            )
         class_to_group = slots.argmax(dim=0) + 1
         if class_counts is None:
             class_counts = torch.full_like(class_to_group, -1)
@@ -99,21 +99,19 @@ class GroupLayout:
             _check_counts(class_to_group, class_counts, thresholds)
         groups = ClassGroups(class_to_group, class_counts, thresholds)
         starts, lengths = pred_slice.long().unbind(dim=1)
-        _require(
-            lengths.tolist() == list(groups.widths),
-            f"pred_slice has bins of {lengths.tolist()} logits, label2binlabel of "
-            f"{list(groups.widths)}.",
-        )
+        if lengths.tolist() != list(groups.widths):
+            raise DataError(
+                f"pred_slice has bins of {lengths.tolist()} logits, label2binlabel of "
+                f"{list(groups.widths)}."
+            )
         columns = torch.full((groups.num_logits,), -1)
         columns[0], columns[1] = starts[0], starts[0] + 1
         for group, columns_of_group in enumerate(groups.group_slices[1:]):
             columns[columns_of_group.start] = starts[group + 1]
         of_class = slots.gather(0, (class_to_group - 1)[None])[0]
         columns[groups.class_to_column] = starts[class_to_group] + of_class
-        _require(
-            sorted(columns.tolist()) == list(range(groups.num_logits)),
-            "pred_slice and label2binlabel do not share out all logits.",
-        )
+        if sorted(columns.tolist()) != list(range(groups.num_logits)):
+            raise DataError("pred_slice and label2binlabel do not share out all logits.")
         return cls(groups, columns)
 
     @classmethod
@@ -177,43 +175,35 @@ def _reorder(
     """Rows of classifiers, class-specific boxes and masks in this package's order."""
     if ".cls_score." in name:
         expected = num_classes + 1 if layout is None else layout.groups.num_logits
-        _require(
-            len(tensor) == expected,
-            f"The classifier has {len(tensor)} logits where {expected} were expected; is the "
-            "config (BAGS or baseline, MODEL.ROI_HEADS.NUM_CLASSES) that of the checkpoint?",
-        )
+        if len(tensor) != expected:
+            raise DataError(
+                f"The classifier has {len(tensor)} logits where {expected} were expected; is the "
+                "config (BAGS or baseline, MODEL.ROI_HEADS.NUM_CLASSES) that of the checkpoint?"
+            )
         if layout is not None:
             return tensor[layout.columns]
         return torch.cat([tensor[1:], tensor[:1]])  # background goes last
     # Rows of each class; background's come first, and are never used.
     rows = 4 if ".bbox_pred." in name and len(tensor) != 4 else 0
     rows = 1 if ".mask_head.predictor." in name else rows
-    expected = rows * (num_classes + 1) or len(tensor)
-    _require(
-        len(tensor) == expected,
-        f"'{name}' has {len(tensor)} rows where {expected} were expected.",
-    )
+    if rows and len(tensor) != rows * (num_classes + 1):
+        expected = rows * (num_classes + 1)
+        raise DataError(f"'{name}' has {len(tensor)} rows where {expected} were expected.")
     return tensor[rows:]
 
 
 def _check_counts(class_to_group: torch.Tensor, class_counts: torch.Tensor, thresholds) -> None:
-    num_classes, num_counts = len(class_to_group), len(class_counts)
-    _require(
-        num_counts == num_classes,
-        f"label2binlabel is of {num_classes} classes, the training counts of {num_counts}.",
-    )
+    if len(class_counts) != len(class_to_group):
+        raise DataError(
+            f"label2binlabel is of {len(class_to_group)} classes, the training counts of "
+            f"{len(class_counts)}."
+        )
     expected = ClassGroups.from_counts(class_counts, thresholds).class_to_group
-    differ = int((expected != class_to_group).sum())
-    _require(
-        not differ,
-        f"label2binlabel groups {differ} classes differently from the training counts; are they of "
-        "the same data set?",
-    )
-
-
-def _require(holds: bool | torch.Tensor, message: str) -> None:
-    if not holds:
-        raise DataError(message)
+    if differ := int((expected != class_to_group).sum()):
+        raise DataError(
+            f"label2binlabel groups {differ} classes differently from the training counts; are "
+            "they of the same data set?"
+        )
 
 
 def convert_checkpoint(
