@@ -6,8 +6,6 @@ of Dave et al. (2021), "Evaluating Large-Vocabulary Object Detectors: The Devil 
 takes the best 10,000 detections of each class over the data set, however many an image has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 
 import numpy as np
@@ -43,7 +41,7 @@ class BestDetections:
             self.detections()
 
     @staticmethod
-    def merge(parts: Sequence[BestDetections], images: Sequence[Set[int]]) -> BestDetections:
+    def merge(parts: Sequence["BestDetections"], images: Sequence[Set[int]]) -> "BestDetections":
         """Merge the processes' parts into the first; the first that saw an image counts."""
         merged, seen = parts[0], set(images[0])
         for part, part_images in zip(parts[1:], images[1:], strict=True):

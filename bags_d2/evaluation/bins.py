@@ -4,8 +4,6 @@ Shapes: K classes of the model, C evaluated categories, T IoU thresholds, R reca
 ranges of object sizes, M limits of detections per image. n count thresholds make n + 1 bins.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Detectron2's COCO evaluation with AP by training instances."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shapes: N detections. A row is (image id, x, y, width, height, score, category id).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What an annotation file has to be evaluated, with its classes matched to the model's by name."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -68,7 +66,7 @@ class GroundTruth:
         name: str,
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
-    ) -> GroundTruth:
+    ) -> "GroundTruth":
         """That of a data set; see :func:`evaluated_annotations`."""
         metadata = MetadataCatalog.get(name)
         return cls(evaluated_annotations(name), metadata, class_names, common_classes_only)

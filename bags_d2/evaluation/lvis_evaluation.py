@@ -5,8 +5,6 @@ needs only that image, so here each image is matched when it is processed (by ho
 matches are kept and sent between processes: about 0.6 kB per image instead of 300 detections.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -161,7 +159,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all predictions, and start a new results file if one is written."""
-        self._streams = {t: _new_stream(self._truth, t) for t in self._tasks or _TASKS}
+        self._streams = {task: self._new_stream(task) for task in self._tasks or _TASKS}
         per_class = self._detections_per_class
         self._best = None if per_class is None else BestDetections(per_class)
         self._seen: set[int] = set()
@@ -214,8 +212,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 masks = masks_of(detections, tasks)
             if truth.annotations.has_annotations:
                 for task in tasks:
-                    stream = self._streams[task]
-                    _match(stream, truth, task, position, rows, masks, self._max_dets_per_image)
+                    self._match(self._streams[task], task, position, rows, masks)
             if self._best is not None:
                 self._best.add(rows, masks)
             if self._results_file is not None:
@@ -267,18 +264,34 @@ class LongTailLVISEvaluator(DatasetEvaluator):
         for task in self._tasks or (_TASKS if True in have_masks else ("bbox",)):
             # When streams share an image, the last one counts. With all images empty in the first
             # stream, those that nobody processed are counted without knowing which they are.
-            empty = _new_stream(truth, task)
+            empty = self._new_stream(task)
             for position in range(len(truth.annotations.images)):
-                _match(empty, truth, task, position, *to_rows((), ()), self._max_dets_per_image)
+                self._match(empty, task, position, *to_rows((), ()))
             evaluation = StreamingEval.merge([empty, *(s[task] for s in streams)]).finalize()
-            suffix = f"@{self._max_dets_per_image}"
-            results[task] = _measures(evaluation, self._report, task, suffix)
+            recall_suffix = f"@{self._max_dets_per_image}"
+            results[task] = _measures(evaluation, self._report, task, recall_suffix)
             if merged is not None:
                 evaluation = evaluate_without_image_cap(truth, merged, task)
                 results[f"{task}_fixed"] = _measures(evaluation, self._report, f"{task}_fixed", "")
         for task, metrics in results.items():
             logger.info("Evaluation results for %s:\n%s", task, create_small_table(metrics))
         return results
+
+    def _new_stream(self, task: str) -> StreamingEval:
+        return StreamingEval(self._truth.categories, task, lvis_style=True)
+
+    def _match(
+        self, stream: StreamingEval, task: str, position: int, rows: np.ndarray, masks: np.ndarray
+    ) -> None:
+        """Match one image's detections (see `to_rows`) with its ground truth.
+
+        In lvis-api's order: the cap comes first and over all classes, so a detection without area
+        takes a place from a better one; equal scores keep the order in which they come.
+        """
+        kept = np.argsort(-rows[:, SCORE], kind="stable")[: self._max_dets_per_image]
+        rows, masks = matchable(rows[kept], masks[kept], task)
+        truths = self._truth.truths(position, task, lvis=True)
+        stream.update([self._truth.image_row(position)], truths, rows, segmentation=masks)
 
     def _warn_of_coverage(self, seen: Sequence[set[int]]) -> None:
         num_images, num_seen = len(self._truth.annotations.images), len(set().union(*seen))
@@ -312,30 +325,6 @@ class _JsonListFile:
     def close(self) -> None:
         self._file.write("]\n")
         self._context.__exit__(None, None, None)
-
-
-def _new_stream(truth: GroundTruth, task: str) -> StreamingEval:
-    return StreamingEval(truth.categories, task, lvis_style=True)
-
-
-def _match(
-    stream: StreamingEval,
-    truth: GroundTruth,
-    task: str,
-    position: int,
-    rows: np.ndarray,
-    masks: np.ndarray,
-    max_dets: int,
-) -> None:
-    """Match one image's detections (see `to_rows`) with its ground truth.
-
-    In lvis-api's order: the cap comes first and over all classes, so a detection without area takes
-    a place from a better one; equal scores keep the order in which the detector gave them.
-    """
-    kept = np.argsort(-rows[:, SCORE], kind="stable")[:max_dets]
-    rows, masks = matchable(rows[kept], masks[kept], task)
-    truths = truth.truths(position, task, lvis=True)
-    stream.update([truth.image_row(position)], truths, rows, segmentation=masks)
 
 
 def _measures(

@@ -4,8 +4,6 @@ Detections here are structured arrays (N,) of ``DETECTION``: class 0..K-1, score
 an object (IoU of 0.5 or more), and image.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -54,7 +52,7 @@ class ScoreThresholds:
     @classmethod
     def of_checkpoint(
         cls, checkpoint: str | os.PathLike, choice: str | None = None
-    ) -> ScoreThresholds | None:
+    ) -> "ScoreThresholds | None":
         """Those of the file ``choice`` ("none": none), else those beside the checkpoint, if any."""
         path = cls.path_of(checkpoint) if choice is None else choice
         if choice == "none" or (choice is None and not path.is_file()):
@@ -63,7 +61,7 @@ class ScoreThresholds:
         return cls.load(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ScoreThresholds:
+    def load(cls, path: str | os.PathLike) -> "ScoreThresholds":
         """Read a file; MissingFileError without it, DataError if it is of another form."""
         content = load_json(path)
         try:
