@@ -15,8 +15,6 @@ from ..modeling.class_groups import ClassGroups
 from ..utils.files import write_atomically
 from .files import read_checkpoint
 
-__all__ = ["LongTailCheckpointer"]
-
 logger = logging.getLogger(__name__)
 
 

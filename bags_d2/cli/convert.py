@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoint.convert_mmdet import convert_checkpoint
+    from ..checkpoint.mmdet import convert_checkpoint
     from ..engine import setup_cfg
 
     files = (args.label2binlabel, args.pred_slice)

@@ -17,16 +17,6 @@ from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
 from .renamed import rename_keys
 
-__all__ = [
-    "BASELINE",
-    "find_config",
-    "list_methods",
-    "merge_config_file",
-    "read_config_file",
-    "run_name",
-    "scale_schedule",
-]
-
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
 
 _BASE = "_BASE_"
@@ -113,8 +103,8 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
             by "_classifier" if only the classifier is to train, paths of YAMLs, and ``KEY=value``.
 
     Raises:
-        MissingFileError: if the file, a ``_BASE_`` or the method does not exist.
-        ConfigError: if one of them holds no mapping, or is its own ``_BASE_``.
+        MissingFileError, ConfigError: if the file, a ``_BASE_`` or the method does not exist, holds
+            no mapping, or is its own ``_BASE_``.
     """
     path = os.fspath(path)
     file, methods = find_config(path)
@@ -172,10 +162,9 @@ def _files_of_method(name: str) -> list[str]:
     if name.endswith(".yaml"):
         return [name]
     name = _SUFFIXES.get(name, name)
-    for folder in (_METHODS, _ABLATIONS):
-        path = CONFIGS / folder / f"{name}.yaml"
-        if path.is_file():
-            return [str(path)]
+    paths = [CONFIGS / folder / f"{name}.yaml" for folder in (_METHODS, _ABLATIONS)]
+    if found := [str(path) for path in paths if path.is_file()]:
+        return found[:1]
     for suffix, overlay in _SUFFIXES.items():
         if name.endswith(f"_{suffix}"):
             first = _files_of_method(name.removesuffix(f"_{suffix}"))

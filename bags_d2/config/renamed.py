@@ -7,8 +7,6 @@ from detectron2.config import CfgNode
 
 from ..errors import ConfigError
 
-__all__ = ["current_name", "former_names", "long_tail", "rename_keys", "rename_options"]
-
 _FORMER, _CURRENT = "BAGS", "LONG_TAIL"
 # With their defaults, under the current names.
 _MOVED = {"COUNT_BY": "instances", "CLASS_COUNTS_FILE": "", "CASCADE_AVERAGE": "logits"}
@@ -31,12 +29,12 @@ def rename_options(opts: Sequence) -> list:
     Raises:
         ConfigError: if a key is set under both names to different values.
     """
-    keys, values = opts[::2], opts[1::2]
-    given = dict(zip(keys, values, strict=False))
-    for key in given:
-        if current_name(str(key)) != key:
-            _require_same(key, given[key], given.get(current_name(str(key)), given[key]))
-    return [current_name(x) if i % 2 == 0 and isinstance(x, str) else x for i, x in enumerate(opts)]
+    renamed, given = list(opts), dict(zip(opts[::2], opts[1::2], strict=False))
+    for i, key in enumerate(opts[::2]):
+        renamed[2 * i] = current = current_name(str(key))
+        if current != key and current in given:
+            _require_same(key, given[key], given[current])
+    return renamed
 
 
 def rename_keys(content: dict[str, Any]) -> None:
@@ -47,9 +45,7 @@ def rename_keys(content: dict[str, Any]) -> None:
     """
     model = content.get("MODEL") if isinstance(content, dict) else None
     former = model.get(_FORMER) if isinstance(model, dict) else None
-    if not isinstance(former, dict):
-        return
-    for name in _MOVED.keys() & former.keys():
+    for name in _MOVED.keys() & former.keys() if isinstance(former, dict) else ():
         value = former.pop(name)
         if value != "" and isinstance(current := model.setdefault(_CURRENT, {}), dict):
             _require_same(f"MODEL.{_FORMER}.{name}", value, current.setdefault(name, value))

@@ -1,7 +1,5 @@
 """Detectron2's COCO evaluation with AP by training instances."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from pycocotools.cocoeval import COCOeval
 from ..utils.files import load_json, write_json
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .ground_truth import GroundTruth
-
-__all__ = ["LongTailCOCOEvaluator"]
 
 
 class LongTailCOCOEvaluator(COCOEvaluator):

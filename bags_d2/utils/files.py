@@ -27,19 +27,6 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 
-__all__ = [
-    "FolderInUseError",
-    "content_hash",
-    "dump_json",
-    "load_json",
-    "load_yaml",
-    "lock_folder",
-    "require_file",
-    "write_atomically",
-    "write_csv",
-    "write_json",
-]
-
 _MAX_YAML_NODES = 1_000_000
 
 
@@ -184,10 +171,14 @@ def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable
 def content_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file, computed once for each version of it."""
     local = require_file(path)
-    found = os.stat(local)
+    return _hash_of_version(os.path.abspath(local), file_version(local))
+
+
+def file_version(path: str | os.PathLike) -> tuple[int, ...]:
+    """What changes whenever a file does."""
+    found = os.stat(path)
     # The time of the last change of status cannot be set back, as that of the content can.
-    version = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _hash_of_version(os.path.abspath(local), version)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=256)

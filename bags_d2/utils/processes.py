@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ..errors import BagsError
 
-__all__ = ["ProcessError", "bags_d2_command", "run_logged"]
-
 _PROGRESS = (" iter: ", "Inference done", "Newly init", "box features:", "Error:", "Error ")
 
 

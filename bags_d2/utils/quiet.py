@@ -5,8 +5,6 @@ import os
 import re
 import warnings
 
-__all__ = ["silence_dependencies"]
-
 _WARNINGS = (
     ("", DeprecationWarning),
     ("", FutureWarning),

@@ -17,8 +17,6 @@ from ..annotations import AnnotationSet
 from . import FOLDER_KINDS, Row, find_dataset, read_row
 from .common import IMAGE_SUFFIXES
 
-__all__ = ["convert_dataset"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -40,8 +38,8 @@ def convert_dataset(
         The rows to register the result with.
 
     Raises:
-        MissingFileError: if an image is missing.
-        DataError: if something has no meaning, in either format, or ``output`` exists.
+        MissingFileError, DataError: if an image is missing, something has no meaning in either
+            format, or ``output`` exists.
     """
     output, module = Path(os.path.abspath(output)), FOLDER_KINDS.get(kind)
     if output.exists():
@@ -76,12 +74,12 @@ def convert_dataset(
         (shutil.copyfile if copy_images else os.symlink)(local, target)
         objects = _objects(image.pop("read"), image.pop("position"), number_of)
         splits[image["split"]].append((image, objects))
-        for row in objects if module else ():
-            if isinstance(row["segmentation"], dict):
-                lost["run-length codes written as outlines, if at all"] += 1
-                mask = GenericMask(row["segmentation"], image["height"], image["width"])
-                row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
         if module:
+            for row in objects:
+                if isinstance(row["segmentation"], dict):
+                    lost["run-length codes written as outlines, if at all"] += 1
+                    mask = GenericMask(row["segmentation"], image["height"], image["width"])
+                    row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
             _write(partial, *module.encode(image, objects, lost))
     stems = {split: [image["stem"] for image, _ in found] for split, found in splits.items()}
     files = module.finish(stems, list(names)) if module else _coco_files(splits, names)
@@ -134,13 +132,12 @@ def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]
     files = {}
     for split, found in splits.items():
         rows, annotations = [], []
-        for image, objects in found:
-            row = {key: image[key] for key in ("file_name", "height", "width")}
-            rows.append({"id": len(rows) + 1, **row})
+        for number, (image, objects) in enumerate(found, 1):
+            rows.append({"id": number, **{k: image[k] for k in ("file_name", "height", "width")}})
             for each in objects:
-                ids = {"id": len(annotations) + 1, "image_id": len(rows)}
-                values = {key: each[key] for key in keys}
-                annotations.append({**ids, "category_id": each["class"] + 1, **values})
+                ids = {"id": len(annotations) + 1, "image_id": number}
+                ids["category_id"] = each["class"] + 1
+                annotations.append(ids | {key: each[key] for key in keys})
         content = {"images": rows, "annotations": annotations, "categories": categories}
         files[f"annotations/{split}.json"] = json.dumps(content)
     return files
