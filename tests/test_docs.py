@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import own_data
 import prepare_glyphs
 import pytest
@@ -119,17 +120,12 @@ def is_run(page):
     return any(b.language in ("bash", "python") and not b.tag for b in ALL_BLOCKS[page])
 
 
-LOSS = ROOT / "docs" / "loss_alone.md"
-SLOW = ("docs/deployment.md",)  # exports
+LOSS, DEPLOYMENT = (ROOT / "docs" / name for name in ("loss_alone.md", "deployment.md"))
 
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow if page_id(page) in SLOW else ())
-        for page in PAGES
-        if is_run(page) and page != LOSS
-    ],
+    [page for page in PAGES if is_run(page) and page not in (LOSS, DEPLOYMENT)],
     ids=page_id,
 )
 def test_blocks_without_a_tag_run(page, project):
@@ -150,6 +146,15 @@ def test_the_page_about_the_loss():
     torch.testing.assert_close(logits.softmax(dim=1)[:, 1:], merged[:, :-1])
     detections = page["detections"][0]
     assert set(detections["labels"].tolist()) <= {1, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_the_page_about_deployment(project, capsys):
+    page = run_blocks(DEPLOYMENT)
+    found = page["predictor"]("docs/images/demo_input.png")["instances"]
+    assert capsys.readouterr().out.count("[") >= int((found.scores > 0.5).sum()) > 0
+    boxes = page["found"]["boxes"][:5] / page["scale"]
+    np.testing.assert_allclose(boxes, found.pred_boxes.tensor[:5], atol=0.5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -246,7 +251,8 @@ def test_examples_of_help_run(name, project):
     photos = project / "photos"
     photos.mkdir()
     shutil.copy(ROOT / "docs" / "images" / "demo_input.png", photos / "photo.jpg")
-    own_data.build(project / "mine")
+    own_data.build(project / "as_coco")
+    convert_dataset(find_dataset("as_coco"), "coco", "mine")
     (project / "datasets").unlink()
     for command in example(name):
         if "--num-gpus 8" not in command:
@@ -284,7 +290,7 @@ def test_own_data_from_the_files_to_the_pictures(project):
     report = (out / "mine_report.html").read_text()
     for name in own_data.NAMES.values():
         assert f'data-value="{name}"' in report
-    images = [path for path in (project / "mine" / "images").rglob("*") if path.is_file()]
+    images = list((project / "mine" / "images" / "val").iterdir())
     assert len(list((out / "mine_pictures").iterdir())) == len(images)
 
 
