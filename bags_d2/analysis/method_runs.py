@@ -212,17 +212,21 @@ class Comparison:
         self._data = _data_record((*self._base.DATASETS.TRAIN, *self._base.DATASETS.TEST))
 
     def methods(self) -> list[str]:
-        """The methods of ``configs/methods`` that leave detector and data as they are.
+        """The methods of ``configs/methods`` that need no more than the baseline's box features.
 
-        A classifier for training the whole detector can also be trained alone, in stage 2.
+        Of a classifier that is meant for training the whole detector, it is its training alone, in
+        stage 2 ("seesaw_classifier").
         """
         methods = []
         for name in list_methods():
             cfg = self._read(name)
-            if self._is_comparable(cfg):
-                predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
-                changed = predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME
-                methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
+            if not self._is_comparable(cfg):
+                continue
+            predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
+            if cfg.STAGE2.ENABLED and _kind_of(cfg)[0] is not Kind.TRAIN:
+                methods.append(name)
+            elif not cfg.STAGE2.ENABLED and predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME:
+                methods.append(f"{name}_classifier")
         softmax = self._base.MODEL.ROI_BOX_PREDICTOR.NAME == "FastRCNNOutputLayers"
         softmax &= not self._base.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
         return [BASELINE, *sorted([*methods, *(TRANSFORMS if softmax else ())])]
@@ -239,7 +243,7 @@ class Comparison:
         for name in filter(None, map(str.strip, names.split(","))):
             chosen += list_methods(ablations=True) if name == "ablations" else [name]
         if not chosen:
-            raise ConfigError(f"--methods names none; there are {', '.join(self.methods())}.")
+            raise ConfigError(f"--methods names none, such as {', '.join(self.methods())}.")
         return list(dict.fromkeys([BASELINE, *chosen]))
 
     def run(self, method: str, seed: int) -> MethodRun:

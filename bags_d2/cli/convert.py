@@ -3,7 +3,7 @@
 See docs/mmdet_checkpoints.md.
 
 Example:
-    bags-d2 convert theirs.pth ours.pth --method bags \\
+    bags-d2 convert gs_mask_rcnn_r50_fpn_1x_lvis.pth ours.pth --method bags \\
         --config-file configs/mmdet/lvis_v0.5_baseline_mask_R50.yaml
 """
 

@@ -1,20 +1,17 @@
 """Evaluation of checkpoints, and of many classifiers of one detector in a single pass."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
 from ..errors import ConfigError
-from ..utils.files import write_json
-from .trainer import BAGSTrainer
+from .trainer import BAGSTrainer, write_results
 
 __all__ = ["evaluate_classifiers", "load_for_evaluation"]
 
@@ -60,8 +57,7 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
             )
         predictors.append(model.roi_heads.box_predictor)
         evaluators.append(BAGSTrainer.build_evaluators(cfg, model))
-        if comm.is_main_process():
-            _results_file(cfg).unlink(missing_ok=True)
+        write_results(cfg, None)
     shared.predictors = nn.ModuleList(predictors)
     results = [{} for _ in cfgs]
     for i, name in enumerate(cfgs[0].DATASETS.TEST):
@@ -72,8 +68,7 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
         ):
             found[name] = measures
     for cfg, found in zip(cfgs, results, strict=True):
-        if comm.is_main_process():
-            write_json(_results_file(cfg), found[name] if len(found) == 1 else found)
+        write_results(cfg, found[name] if len(found) == 1 else found)
 
 
 class SharedDetector(nn.Module):
@@ -151,10 +146,6 @@ class _EachEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> list[dict]:
         return [evaluator.evaluate() for evaluator in self.evaluators]
-
-
-def _results_file(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
 
 
 def _difference(shared: nn.Module, model: nn.Module) -> str | None:

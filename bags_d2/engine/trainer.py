@@ -36,7 +36,7 @@ from ..utils.seeding import seed_generators, step_seed
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .freezing import freeze_norm_statistics, select_trainable_params, skip_frozen_parts
 
-__all__ = ["BAGSTrainer"]
+__all__ = ["BAGSTrainer", "write_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -248,14 +248,12 @@ class BAGSTrainer(DefaultTrainer):
             Metrics in percent by task, by data set first if there are several.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        results_file = Path(output_folder) / "results.json"
         if evaluators is None:
             evaluators = cls.build_evaluators(cfg, model, output_folder)
-        if comm.is_main_process():
-            results_file.unlink(missing_ok=True)  # stale as soon as new detections are written
+        write_results(cfg, None, output_folder)
         results = super().test(cfg, model, evaluators)
-        if comm.is_main_process() and results:
-            write_json(results_file, results)
+        if results:
+            write_results(cfg, results, output_folder)
         return results
 
     @classmethod
@@ -266,6 +264,20 @@ class BAGSTrainer(DefaultTrainer):
             cfg, GeneralizedRCNNWithTTA(cfg, model), output_folder=f"{cfg.OUTPUT_DIR}/inference_TTA"
         )
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def write_results(cfg: CfgNode, results: dict | None, folder: str | None = None) -> None:
+    """Write the metrics of an evaluation to ``results.json``, in the main process.
+
+    None removes the file: it is stale as soon as new detections are written.
+    """
+    path = Path(folder or os.path.join(cfg.OUTPUT_DIR, "inference")) / "results.json"
+    if not comm.is_main_process():
+        return
+    if results is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, results)
 
 
 class _SeededSteps(HookBase):
