@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from detectron2.utils.visualizer import GenericMask
@@ -17,7 +17,7 @@ from ..annotations import AnnotationSet
 from . import FOLDER_KINDS, Row, find_dataset, read_row
 from .common import IMAGE_SUFFIXES
 
-__all__ = ["convert_dataset"]
+__all__ = ["coco_content", "convert_dataset", "objects_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def convert_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         local = os.path.realpath(require_file(image["path"]))
         (shutil.copyfile if copy_images else os.symlink)(local, target)
-        objects = _objects(image.pop("read"), image.pop("position"), number_of)
+        objects = objects_of(image.pop("read"), image.pop("position"), number_of)
         splits[image["split"]].append((image, objects))
         for row in objects if module else ():
             if isinstance(row["segmentation"], dict):
@@ -84,7 +84,11 @@ def convert_dataset(
         if module:
             _write(partial, *module.encode(image, objects, lost))
     stems = {split: [image["stem"] for image, _ in found] for split, found in splits.items()}
-    files = module.finish(stems, list(names)) if module else _coco_files(splits, names)
+    if module:
+        files = module.finish(stems, list(names))
+    else:
+        contents = coco_content(splits, names)
+        files = {f"annotations/{split}.json": json.dumps(c) for split, c in contents.items()}
     for path, text in files.items():
         _write(partial, path, text)
     partial.rename(output)
@@ -118,7 +122,8 @@ def _require_writable(names: Iterable[str], images: list[dict]) -> None:
             raise DataError(f"'{image['path']}' has no suffix of an image; rename it.")
 
 
-def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> list[dict]:
+def objects_of(read: AnnotationSet, position: int, number_of: Mapping[str, int]) -> list[dict]:
+    """The annotations of an image, with the numbers of their classes as "class"."""
     objects = read.ground_truth(position, None, lvis=False)
     for row in objects:
         number = row["id"] - 1
@@ -128,10 +133,11 @@ def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> l
     return objects
 
 
-def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]:
+def coco_content(splits: Mapping[str, list], names: Iterable[str]) -> dict[str, dict]:
+    """What the annotation file of each split holds; splits are lists of (image, its objects)."""
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     keys = ("bbox", "area", "iscrowd", "ignore", "segmentation")
-    files = {}
+    contents = {}
     for split, found in splits.items():
         rows, annotations = [], []
         for image, objects in found:
@@ -141,9 +147,8 @@ def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]
                 ids = {"id": len(annotations) + 1, "image_id": len(rows)}
                 values = {key: each[key] for key in keys}
                 annotations.append({**ids, "category_id": each["class"] + 1, **values})
-        content = {"images": rows, "annotations": annotations, "categories": categories}
-        files[f"annotations/{split}.json"] = json.dumps(content)
-    return files
+        contents[split] = {"images": rows, "annotations": annotations, "categories": categories}
+    return contents
 
 
 def _write(folder: Path, path: str, text: str) -> None:
