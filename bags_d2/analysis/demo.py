@@ -5,7 +5,6 @@ which trains classifiers alone, ``bags-d2 fit``.
 """
 
 import os
-import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -88,9 +87,8 @@ def run_demo(output: Path, seed: int = 1, from_scratch: bool = False, online: bo
 
 
 def _run(command: str, output_dir: Path, *options: str) -> float:
-    """Run a command, show its progress, and return the seconds that it took."""
+    """Run a command, and return the seconds that it took."""
     words = [command, "--config-file", _CONFIG, *options, "OUTPUT_DIR", str(output_dir)]
-    print(f"\n$ bags-d2 {shlex.join(words)}", flush=True)
     return run_logged(bags_d2_command(*words), output_dir / "console.txt")
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -430,8 +429,7 @@ def _data_record(names: Sequence[str]) -> dict[str, str]:
                 raise MissingFileError(missing_dataset_message(name, metadata.json_file))
             record[f"annotation file of {name}"] = content_hash(metadata.json_file)[:16]
         elif (annotations := dataset_annotations(name)) is not None:
-            read = json.dumps([annotations.names, annotations.records("")], default=list)
-            record[f"annotations of {name}"] = hashlib.sha256(read.encode()).hexdigest()[:16]
+            record[f"annotations of {name}"] = annotations.digest()
         digest, root = hashlib.sha256(), metadata.get("image_root")
         for path in sorted(r["file_name"] for r in DatasetCatalog.get(name)):
             found = os.stat(path) if os.path.isfile(path) else None

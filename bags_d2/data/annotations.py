@@ -10,6 +10,8 @@ Shapes in this file: N annotations, I images, K categories.
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 from array import array
@@ -148,6 +150,11 @@ class AnnotationSet:
         """Images that show an object of each class, (K,)."""
         pairs = self.image_index[self.is_object] * len(self.names) + self.classes[self.is_object]
         return np.bincount(np.unique(pairs) % len(self.names), minlength=len(self.names))
+
+    def digest(self) -> str:
+        """What distinguishes the content from an edited one."""
+        content = json.dumps([self.names, self.records("")], default=list)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def records(self, image_root: str, *, lvis: bool = False, masks: bool = True) -> list[dict]:
         """The images as Detectron2's standard records, in the order of their ids.

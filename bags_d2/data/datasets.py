@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
+from ..utils.files import local_path
 from .annotations import AnnotationSet, read_annotations
 from .formats import FOLDER_KINDS, read_row
 from .lvis_v1 import lvis_v1_counts
@@ -173,7 +173,7 @@ def missing_dataset_message(dataset_name: str, path: str) -> str:
 
 
 def _read(json_file: str, image_root: str, dataset_name: str, kind: str) -> AnnotationSet:
-    if not os.path.exists(PathManager.get_local_path(json_file)):
+    if not os.path.exists(local_path(json_file)):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))
     annotations = read_row(kind, json_file, image_root)
     registered = MetadataCatalog.get(dataset_name).get("thing_classes")

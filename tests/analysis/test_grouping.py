@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bags_d2.analysis.grouping import (
     bin_names,
+    choose_thresholds,
     grouping_faults,
     propose_thresholds,
     summarize_groups,
@@ -21,6 +22,19 @@ from bags_d2.data.lvis_v1 import lvis_v1_counts
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = st.lists(st.one_of(st.integers(0, 30), st.integers(0, 100_000)), min_size=1, max_size=60)
+
+
+def test_the_papers_edges_stay_unless_they_make_no_sense():
+    assert choose_thresholds([3, 5, 20, 50, 300, 500, 2000, 5000]) == (10, 100, 1000)
+    assert choose_thresholds([3, 5, 20, 50, 300, 500]) == (10, 100)
+    assert choose_thresholds([0, 0]) == ()
+
+
+@given(COUNTS)
+def test_edges_are_those_that_groups_would_propose(counts):
+    edges = choose_thresholds(counts)
+    assert edges in ((10, 100, 1000), propose_thresholds(counts))
+    assert (edges == (10, 100, 1000)) or grouping_faults(counts, (10, 100, 1000))
 
 
 def test_ranges_in_words():

@@ -219,7 +219,7 @@ def _find_json(path: Path) -> Iterator[tuple[str, Path, Path, str]]:
         lists = (row["neg_category_ids"] is not None for row in annotations.image_rows)
         is_lvis = all(lists) and None not in annotations.frequencies
         name = annotations.file_name(0, is_lvis)
-        places = [f for f in everything if f.as_posix().endswith(f"/{name}")]
+        places = [f for f in everything if f"/{f.as_posix()}".endswith(f"/{name}")]
         places.sort(key=lambda f: split not in os.path.relpath(f, folder))
         if not places:
             raise MissingFileError(

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from detectron2.utils.visualizer import GenericMask
@@ -72,7 +72,7 @@ def convert_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         local = os.path.realpath(require_file(image["path"]))
         (shutil.copyfile if copy_images else os.symlink)(local, target)
-        objects = _objects(image.pop("read"), image.pop("position"), number_of)
+        objects = objects_of(image.pop("read"), image.pop("position"), number_of)
         splits[image["split"]].append((image, objects))
         if module:
             for row in objects:
@@ -82,7 +82,11 @@ def convert_dataset(
                     row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
             _write(partial, *module.encode(image, objects, lost))
     stems = {split: [image["stem"] for image, _ in found] for split, found in splits.items()}
-    files = module.finish(stems, list(names)) if module else _coco_files(splits, names)
+    if module:
+        files = module.finish(stems, list(names))
+    else:
+        contents = coco_content(splits, names)
+        files = {f"annotations/{split}.json": json.dumps(c) for split, c in contents.items()}
     for path, text in files.items():
         _write(partial, path, text)
     partial.rename(output)
@@ -116,7 +120,8 @@ def _require_writable(names: Iterable[str], images: list[dict]) -> None:
             raise DataError(f"'{image['path']}' has no suffix of an image; rename it.")
 
 
-def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> list[dict]:
+def objects_of(read: AnnotationSet, position: int, number_of: Mapping[str, int]) -> list[dict]:
+    """The annotations of an image, with the numbers of their classes as "class"."""
     objects = read.ground_truth(position, None, lvis=False)
     for row in objects:
         number = row["id"] - 1
@@ -126,10 +131,11 @@ def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> l
     return objects
 
 
-def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]:
+def coco_content(splits: Mapping[str, list], names: Iterable[str]) -> dict[str, dict]:
+    """What the annotation file of each split holds; splits are lists of (image, its objects)."""
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     keys = ("bbox", "area", "iscrowd", "ignore", "segmentation")
-    files = {}
+    contents = {}
     for split, found in splits.items():
         rows, annotations = [], []
         for number, (image, objects) in enumerate(found, 1):
@@ -138,9 +144,8 @@ def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]
                 ids = {"id": len(annotations) + 1, "image_id": number}
                 ids["category_id"] = each["class"] + 1
                 annotations.append(ids | {key: each[key] for key in keys})
-        content = {"images": rows, "annotations": annotations, "categories": categories}
-        files[f"annotations/{split}.json"] = json.dumps(content)
-    return files
+        contents[split] = {"images": rows, "annotations": annotations, "categories": categories}
+    return contents
 
 
 def _write(folder: Path, path: str, text: str) -> None:
