@@ -14,7 +14,7 @@ import pytest
 from run_folders import write_run
 
 from bags_d2 import BagsError, DataError
-from bags_d2.analysis.detections import winning_groups
+from bags_d2.analysis.detections import winning_classes, winning_groups
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import (
     configured_thresholds,
@@ -110,7 +110,7 @@ def read_all(folder):
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
     if run.is_counted:
         run.bin_measures(thresholds)
-        winning_groups(truth, run.detections(), run.count_of, thresholds)
+        winning_groups(truth, winning_classes(truth, run.detections()), run.count_of, thresholds)
     return run
 
 
@@ -209,7 +209,8 @@ def test_ids_may_be_text(tmp_path, register):
     run = read_all(folder)
     assert run.category_ids == ["owl", 7]
     truth = read_ground_truth(run)["first"]["annotations"]
-    matrix = winning_groups(truth, run.detections(), run.count_of, (10,))
+    winners = winning_classes(truth, run.detections())
+    matrix = winning_groups(truth, winners, run.count_of, (10,))
     assert matrix.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
 
 
