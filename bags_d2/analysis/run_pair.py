@@ -70,9 +70,12 @@ def _largest_changes(first: EvaluatedRun, second: EvaluatedRun) -> str:
     change = second.ap - first.ap
     order = [i for i in np.argsort(-change, kind="stable") if not np.isnan(change[i])]
     rows = [
-        [printable(first.names[i]), f"{first.training_instances[i]:,}"]
-        + [f"{first.ap[i]:.1f}", f"{second.ap[i]:.1f}", f"{change[i]:+.1f}"]
+        (
+            *(printable(first.names[i]), f"{first.training_instances[i]:,}"),
+            *(f"{first.ap[i]:.1f}", f"{second.ap[i]:.1f}", f"{change[i]:+.1f}"),
+        )
         for i in dict.fromkeys([*order[:_LISTED], *order[-_LISTED:]])
     ]
     headers = ("class", "training instances", first.label, second.label, "change")
-    return tabulate(rows, headers, disable_numparse=True, stralign="right")
+    alignment = ("left", *["right"] * 4) if rows else None
+    return tabulate(rows, headers, disable_numparse=True, colalign=alignment)

@@ -34,7 +34,8 @@ NAMES = {
 COUNTS = {3: 0, 8: 50, 20: 700, 21: 5000}
 CSV, RESULTS = "inference/fuzz_val/per_class_bbox.csv", "inference/results.json"
 DETECTIONS = "inference/fuzz_val/lvis_instances_results.json"
-FILES = ["config.yaml", "metrics.json", "model_final.pth", CSV, RESULTS, DETECTIONS]
+LABELS = "inference/fuzz_val/label_check.csv"
+FILES = ["config.yaml", "metrics.json", "model_final.pth", CSV, RESULTS, DETECTIONS, LABELS]
 
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(c + 1)}: &{chr(c + 1)} [{', '.join([f'*{chr(c)}'] * 9)}]\n" for c in range(97, 110)
@@ -98,6 +99,8 @@ def run(tmp_path, write_lvis, register):
     write_run(folder, dataset, NAMES, COUNTS, [1.0, None, 30.0, 40.0], boxes, measures)
     (folder / "config.yaml").write_text("MODEL: {BAGS: {GROUP_THRESHOLDS: [5, 50]}}\n")
     (folder / "metrics.json").write_text('{"iteration": 1, "total_loss": 2.0}\n')
+    header = "annotation_id,name,probability,model_name,model_probability,contradiction"
+    (folder / LABELS).write_text(f"{header}\n1,ant,0.1,bee,0.9,2.5\n")
     return folder
 
 
@@ -107,6 +110,7 @@ def read_all(folder):
     run = read_run(folder)
     thresholds = configured_thresholds([run])
     loss_history(folder)
+    run.label_check(most=5)
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
     if run.is_counted:
         run.bin_measures(thresholds)
