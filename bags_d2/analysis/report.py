@@ -347,7 +347,10 @@ def _worst_confusions(runs: Sequence[EvaluatedRun], seen: _Seen) -> list[tuple]:
 
 def _doubtful_labels(runs: Sequence[EvaluatedRun], seen: _Seen) -> dict:
     """The objects whose label the last run that was asked contradicts most."""
-    run = next((run for run in reversed(runs) if run.label_check_file.is_file()), runs[-1])
+    run = next((run for run in reversed(runs) if run.label_check_file.is_file()), None)
+    if run is None:
+        absent = f"No run has a {runs[0].label_check_file.name}: evaluate again with --eval-only."
+        return {"cards": [], "absent": absent}
     annotations = {str(annotation["id"]): annotation for annotation in seen.objects}
     cards = []
     try:

@@ -110,7 +110,8 @@ def read_all(folder):
     run = read_run(folder)
     thresholds = configured_thresholds([run])
     loss_history(folder)
-    run.label_check(most=5)
+    if run.label_check_file.exists():
+        run.label_check(most=5)
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
     if run.is_counted:
         run.bin_measures(thresholds)

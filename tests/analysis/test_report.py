@@ -113,7 +113,7 @@ def test_confusions_of_a_class_have_their_numbers(make_run, tmp_path):
 def test_doubtful_labels_are_shown_with_ids_and_what_the_model_says(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     page = page_of(tmp_path / "r.html", [folder])
-    assert "label_check.csv' does not exist" in page
+    assert "No run has a label_check.csv: evaluate again" in page
     path = folder / "inference" / "report_val" / "label_check.csv"
     path.write_text(
         "annotation_id,name,probability,model_name,model_probability,contradiction\n"
