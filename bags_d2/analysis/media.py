@@ -62,11 +62,10 @@ class Artist:
             instances = predictor(image)["instances"].to("cpu")
             best = best_instances(instances, self.top)
             title = f"{name}: {len(best)} of {len(instances)} detections"
-            pictures.append(
-                draw_instances(
-                    image[:, :, ::-1], best, predictor.class_names, predictor.class_counts, title
-                )
-            )
+            names, counts = predictor.class_names, predictor.class_counts
+            edges = predictor.cfg.MODEL.BAGS.GROUP_THRESHOLDS
+            pixels = image[:, :, ::-1]
+            pictures.append(draw_instances(pixels, best, names, counts, title, thresholds=edges))
         return grid([pictures])
 
 

@@ -45,7 +45,7 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
     Raises:
         ConfigError: if two models differ in more than the classifier.
     """
-    shared, predictors, evaluators = None, [], []
+    shared, evaluators = None, []
     for cfg in cfgs:
         model = load_for_evaluation(cfg).eval()
         if shared is None:
@@ -55,10 +55,9 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
                 f"'{cfg.MODEL.WEIGHTS}' and '{cfgs[0].MODEL.WEIGHTS}' differ in '{difference}', "
                 "not in the classifier alone; evaluate them one by one with --eval-only."
             )
-        predictors.append(model.roi_heads.box_predictor)
+        shared.add(model.roi_heads)
         evaluators.append(BAGSTrainer.build_evaluators(cfg, model))
         write_results(cfg, None)
-    shared.predictors = nn.ModuleList(predictors)
     results = [{} for _ in cfgs]
     for i, name in enumerate(cfgs[0].DATASETS.TEST):
         each = _EachEvaluator([of_model[i] for of_model in evaluators])
@@ -72,34 +71,38 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
 
 
 class SharedDetector(nn.Module):
-    """A detector with several box predictors: for each image it gives a list of outputs."""
+    """A detector with RoI heads that differ in their predictors: a list of outputs for an image."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
-        self.predictors = nn.ModuleList()
-        heads = model.roi_heads
-        heads.box_pooler = self._pooler = _Replay(heads.box_pooler)
+        self.heads = nn.ModuleList()
+        box_head = model.roi_heads.box_head
+        self._pooler = _Replay(model.roi_heads.box_pooler)
         # The box heads of a cascade's stages, whose boxes do not depend on the classifiers.
-        if isinstance(heads.box_head, nn.ModuleList):
-            self._heads = [_Replay(head) for head in heads.box_head]
-            heads.box_head = nn.ModuleList(self._heads)
+        if isinstance(box_head, nn.ModuleList):
+            self._box_head = nn.ModuleList(map(_Replay, box_head))
+            self._replays = [self._pooler, *self._box_head]
         else:
-            heads.box_head = _Replay(heads.box_head)
-            self._heads = [heads.box_head]
+            self._box_head = _Replay(box_head)
+            self._replays = [self._pooler, self._box_head]
+
+    def add(self, heads: nn.Module) -> None:
+        """Add RoI heads; all but their predictors is taken from the first ones."""
+        heads.box_pooler, heads.box_head = self._pooler, self._box_head
+        self.heads.append(heads)
 
     def forward(self, inputs: list[dict]) -> list[list[dict]]:
         images = self.model.preprocess_image(inputs)
         features = self.model.backbone(images.tensor)
         proposals, _ = self.model.proposal_generator(images, features)
         outputs: list[list[dict]] = [[] for _ in inputs]
-        for module in (self._pooler, *self._heads):
+        for module in self._replays:
             module.forget()
-        for predictor in self.predictors:
-            for module in (self._pooler, *self._heads):
+        for heads in self.heads:
+            for module in self._replays:
                 module.rewind()
-            self.model.roi_heads.box_predictor = predictor
-            instances, _ = self.model.roi_heads(images, features, proposals)
+            instances, _ = heads(images, features, proposals)
             for of_image, x, found, size in zip(
                 outputs, inputs, instances, images.image_sizes, strict=True
             ):

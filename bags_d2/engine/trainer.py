@@ -15,7 +15,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -26,7 +26,7 @@ from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
 from ..data.loader import LongTailDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
-from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
+from ..evaluation import LabelCheck, LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..solver import clip_full_model
@@ -219,14 +219,22 @@ class BAGSTrainer(DefaultTrainer):
     def build_evaluators(
         cls, cfg: CfgNode, model: nn.Module, output_folder: str | None = None
     ) -> list[DatasetEvaluator]:
-        """One for each of ``DATASETS.TEST``, with the names and counts that the model knows."""
+        """One for each of ``DATASETS.TEST``, with the names and counts that the model knows.
+
+        Where the model has a box head, labels are checked in the same pass.
+        """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         classes = ClassStatistics.from_model(cfg, model)
         counts, names = classes.training_instances, classes.names
-        return [
-            cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
-            for name in cfg.DATASETS.TEST
-        ]
+        heads, evaluators = LabelCheck.heads_of(model), []
+        for name in cfg.DATASETS.TEST:
+            folder = os.path.join(output_folder, name)
+            evaluator = cls.build_evaluator(cfg, name, folder, counts, names)
+            if heads is not None:
+                check = LabelCheck(heads, name, folder, names, cfg.TEST.COMMON_CLASSES_ONLY)
+                evaluator = DatasetEvaluators([evaluator, check])
+            evaluators.append(evaluator)
+        return evaluators
 
     @classmethod
     def test(

@@ -49,6 +49,8 @@ class GroundTruth:
         self.num_classes = len(classes if class_names is None else class_names)
         positions = np.flatnonzero(classes >= 0)
         self.classes = classes[positions]
+        self._evaluated = np.full(len(classes), -1)  # by position in the file
+        self._evaluated[positions] = np.arange(len(positions))
         self.instances = annotations.instance_counts()[positions]
         ids, names = annotations.categories.inside, annotations.names
         self.categories = [
@@ -89,6 +91,13 @@ class GroundTruth:
         """Ground truth of an image; see :meth:`AnnotationSet.ground_truth`."""
         truths = self.annotations.ground_truth(position, task, lvis=lvis)
         return [truth for truth in truths if truth["category_id"] in self._known]
+
+    def objects(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Objects of evaluated categories in an image: their rows, and their categories below C."""
+        rows = np.array(self.annotations.rows_of_image(position), dtype=np.int64)
+        rows = rows[self.annotations.is_object[rows]]
+        categories = self._evaluated[self.annotations.classes[rows]]
+        return rows[categories >= 0], categories[categories >= 0]
 
     def as_coco(self, task: str | None, *, lvis: bool) -> dict:
         """The whole in COCO's format; without "annotations" if the file has none."""

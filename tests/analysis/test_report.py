@@ -48,6 +48,10 @@ def page_of(path, folders, **options):
     return path.read_text(encoding="utf-8")
 
 
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
 def test_the_page_is_self_contained_and_escapes_names(make_run, tmp_path):
     folders = [make_run("one", [10.0, None, 30.0, 40.0]), make_run("two", [20.0, 5.0, 25.0, 40.0])]
     for folder, name in zip(folders, ("FastRCNN", "BAGS"), strict=True):
@@ -87,8 +91,50 @@ def test_crops_are_limited_in_number(make_run, tmp_path):
     folders = [make_run("one", [10.0, None, 30.0, 40.0])]
     page = page_of(tmp_path / "r.html", folders, max_crops=2)
     assert page.count("data:image/jpeg") <= 2
-    assert "classes have none, to keep this page small" in page
+    assert "classes have no crops, to keep this page small" in page
     assert "data:image/jpeg" not in page_of(tmp_path / "r.html", folders, max_crops=0)
+
+
+def test_confusions_of_a_class_have_their_numbers(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    rows = [{"image_id": 2, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.9}]
+    where = folder / "inference" / "report_val"
+    (where / "lvis_instances_results.json").write_text(json.dumps(rows))
+    page = page_of(tmp_path / "r.html", [folder])
+    text = text_of(page)
+    # All objects stand at the same place, and only the second image has detections.
+    assert "Its objects are taken for: Bee (2). Taken for it: none other." in text  # ähre
+    assert (
+        "Its objects are taken for: none other. Taken for it: ähre (2), cat &amp; dog (1)" in text
+    )
+    assert re.search(r"ähre\s+Bee\s+2\s+2 \(100%\)", text)
+
+
+def test_doubtful_labels_are_shown_with_ids_and_what_the_model_says(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    page = page_of(tmp_path / "r.html", [folder])
+    assert "No run has a label_check.csv: evaluate again" in page
+    path = folder / "inference" / "report_val" / "label_check.csv"
+    path.write_text(
+        "annotation_id,name,probability,model_name,model_probability,contradiction\n"
+        "4,ähre,0.01,<i>Bee,0.9,3.5\n77,of another set,0,Bee,1,3\n1,Bee,0.9,ähre,0.1,-2\n"
+    )
+    page = page_of(tmp_path / "r.html", [folder])
+    assert page.count('<div class="card">') == 1
+    card = text_of(page[page.index('<div class="card">') :])
+    assert "labelled ähre (0.01) rather &lt;i&gt;Bee (0.9) annotation 4" in card
+    assert 'alt="annotation 4" src="data:image/jpeg' in page
+    assert str(path) in page
+
+
+def test_classes_without_objects_are_marked_and_empty_bins_have_a_dash(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    path = folder / "inference" / "report_val" / "per_class_bbox.csv"
+    path.write_text(path.read_text().replace("8,Bee,,50,1", "8,Bee,,0,0"))
+    page = page_of(tmp_path / "r.html", [folder], thresholds=(1, 6, 10))
+    assert page.count("never trained</span>") == page.count("no objects here</span>") == 1
+    row = text_of(page[page.index('<td class="text">one') :]).split()
+    assert row[1:8] == ["10.0", "20.0", "-", "10.0", "-", "35.0", "22.5"]  # AP, AP50, bins, bAP
 
 
 def test_runs_that_cannot_be_compared_are_refused(make_run, tmp_path):

@@ -17,7 +17,7 @@ from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.analysis.demo import draw_comparison
-from bags_d2.analysis.detections import winning_groups
+from bags_d2.analysis.detections import winning_classes, winning_groups
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.runs import configured_thresholds, loss_history, read_ground_truth, read_run
 
@@ -72,7 +72,8 @@ def test_winners_are_those_of_the_definition(seed):
     # Few different scores, so that there are ties.
     detections = make(40, score=lambda: float(rng.integers(5)) / 5)
     expected = _slow_winning_groups(truth, detections)
-    assert np.array_equal(winning_groups(truth, detections, COUNT_OF, THRESHOLDS), expected)
+    winners = winning_classes(truth, detections)
+    assert np.array_equal(winning_groups(truth, winners, COUNT_OF, THRESHOLDS), expected)
     assert expected.sum() == 15
 
 
@@ -83,7 +84,7 @@ def test_crowds_are_no_objects_and_nothing_detected_is_missed(make_run):
     path.write_text(json.dumps(content))
     run = read_run(make_run("one", [1.0, 2.0, 3.0, 4.0]))
     objects = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
-    matrix = winning_groups(objects, [], COUNT_OF, THRESHOLDS)
+    matrix = winning_groups(objects, winning_classes(objects, []), COUNT_OF, THRESHOLDS)
     assert matrix[:, -1].tolist() == [1, 1, 0, 2]
     assert matrix.sum() == 4
 
@@ -118,7 +119,8 @@ def test_a_run_is_read(make_run):
     assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
     assert len(run.detections()) == 2
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
-    matrix = winning_groups(truth, run.detections(), COUNT_OF, THRESHOLDS)
+    winners = winning_classes(truth, run.detections())
+    matrix = winning_groups(truth, winners, COUNT_OF, THRESHOLDS)
     assert matrix.tolist() == [
         [0, 0, 1, 0, 1, 0],
         [1, 0, 0, 0, 0, 0],
