@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.config_file.endswith(".py"):
-        from ..engine.lazy_training import train
-    else:
-        from ..engine.training import train
+    from ..engine.training import train
+
     train(args)

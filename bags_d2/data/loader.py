@@ -7,14 +7,15 @@ put into a batch in the same way whether training has run up to it or was resume
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import DataError, MissingFileError
+from ..config.lazy_reader import lazy_config
+from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.seeding import isolated_generators, step_seed
 from .build import training_records
 from .images import check_image
@@ -27,6 +28,19 @@ _SEED_KEY = "sample_seed"
 
 class LongTailDatasetMapper(DatasetMapper):
     """``DatasetMapper`` whose errors name the image, and whose choices follow a sample's seed."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        lazy = lazy_config(cfg)
+        if lazy is None:
+            return super().from_config(cfg, is_train)
+        call = dict((lazy.dataloader.train if is_train else lazy.dataloader.test).mapper)
+        if (mapper := call.pop("_target_")) not in (DatasetMapper, cls):
+            raise ConfigError(
+                f"The LazyConfig's mapper {mapper} is unknown here; make it Detectron2's "
+                "DatasetMapper, or use Detectron2's lazyconfig_train_net.py."
+            )
+        return {name: instantiate(value) for name, value in call.items()}
 
     def __call__(self, dataset_dict: dict) -> dict:
         """As the parent's.
