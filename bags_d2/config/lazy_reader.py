@@ -7,6 +7,7 @@ changed put back (:func:`lazy_config`). The rest of it is in the config as a rec
 
 import copy
 import functools
+import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -110,7 +111,7 @@ def split_overrides(opts: Sequence) -> tuple[list[str], list]:
         if isinstance(option, str) and "=" in option:
             overrides.append(option)
         else:
-            pairs += [option, *(value for value, _ in zip(rest, "1", strict=False))]
+            pairs += [option, *itertools.islice(rest, 1)]
     return overrides, pairs
 
 
@@ -280,6 +281,7 @@ def _described(value: Any, without: Collection[str], place: str = "") -> Any:
         value = {str(i): item for i, item in enumerate(value)}
     if isinstance(value, dict):
         items = [(k, v, f"{place}.{k}".lstrip(".")) for k, v in value.items()]
+        items = [item for item in items if item[2] not in without]
         return {
             k: _described(v, without, within) for k, v, within in items if within not in without
         }
