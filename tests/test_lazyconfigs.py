@@ -107,15 +107,13 @@ def test_each_builds_and_trains_one_step(name, tiny, tmp_path):
     before = values(trainer.model)
     with EventStorage(0) as trainer.storage:
         trainer.iter = 0
-        for hook in trainer._hooks[:1]:
-            hook.before_step()
         trainer.run_step()
     changed = {k for k, v in values(trainer.model).items() if not torch.equal(v, before[k])}
     classifiers = {k for k in before if "cls_score" in k}
     if "bags" in name:
         assert changed == trainable(trainer.model) == classifiers
     else:
-        # What no object of a step reaches, such as a mask of another class, may stay.
+        # What no object of the step reaches, such as the masks of other classes, may stay.
         assert classifiers <= changed <= trainable(trainer.model)
         assert any(k.startswith("backbone.") for k in changed)
 
@@ -124,8 +122,8 @@ def test_each_builds_and_trains_one_step(name, tiny, tmp_path):
 def test_a_bags_config_is_its_baseline_with_the_method(name, tiny):
     ours = read(name, *tiny(name))
     laid = read(name.replace("bags", "baseline"), *tiny(name), method="bags")
-    for key in ("OUTPUT_DIR", "MODEL", "SOLVER", "DATALOADER"):
-        assert {**laid}[key] == {**ours}[key] or key == "MODEL", key
+    for key in ("OUTPUT_DIR", "SOLVER", "DATALOADER", "DATASETS", "INPUT"):
+        assert laid[key] == ours[key], key
     assert laid.MODEL.WEIGHTS == ours.MODEL.WEIGHTS
     models = [BAGSTrainer.build_model(cfg) for cfg in (ours, laid)]
     assert str(models[0]) == str(models[1])
@@ -159,11 +157,9 @@ def test_keys_and_overrides_meet(tiny):
 def test_what_has_no_effect_or_no_sense_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"MODEL.RESNETS.DEPTH has no effect"):
         read(BASELINE, "MODEL.RESNETS.DEPTH", "101")
-    with pytest.raises(ConfigError, match="MODEL.WEIGHTS|Non-existent"):
+    with pytest.raises(ConfigError, match="Non-existent key: MODEL"):
         read(BASELINE, "MODEL.WEIGHS", "x")
-    own = tmp_path / "own.py"
     base = f"from detectron2.config import LazyConfig\ncfg = LazyConfig.load('{ROOT}/configs/lazy/"
-    own.write_text(f"{base}{BASELINE}.py')\nmodel, train = cfg.model, cfg.train\n")
 
     def read_own(text, *opts):
         path = tmp_path / f"{abs(hash(text))}.py"
@@ -178,11 +174,11 @@ def test_what_has_no_effect_or_no_sense_is_refused(tiny, tmp_path):
         read_own("del optimizer")
     with pytest.raises(ConfigError, match="must be one ResizeShortestEdge"):
         read_own("dataloader.test.mapper.augmentations = []")
-    with pytest.raises(ConfigError, match="1/0|division by zero"):
+    with pytest.raises(ConfigError, match="division by zero"):
         read_own("1/0")
     cfg = read_own("dataloader.train.mapper._target_ = list", *tiny(BASELINE))
     assert cfg.DATALOADER.SAMPLER_TRAIN == "dataloader.train"
-    with pytest.raises(ConfigError, match="mapper .* is unknown here"):
+    with pytest.raises(ConfigError, match=r"mapper .* is unknown here"):
         LongTailDatasetMapper(cfg, True)
     record = tmp_path / "config.yaml"
     record.write_text(read(BASELINE).dump())
@@ -255,10 +251,9 @@ def test_every_command_serves_it(tiny, tmp_path, datasets_root, capsys):
     ]
     assert results[0] == results[1]
     run_command("groups", *config, "--opts", *opts)
-    assert "class groups" in capsys.readouterr().out.lower() or True
-    path = config[1]
+    assert "training instances" in capsys.readouterr().out
     predictor = LongTailPredictor.from_config_file(
-        path, two / "model_final.pth", opts, method="bags"
+        config[1], two / "model_final.pth", opts, method="bags"
     )
     assert len(predictor.class_names) == 6
 

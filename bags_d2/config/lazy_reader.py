@@ -60,7 +60,6 @@ _PLACES = {
     "DATALOADER.NUM_WORKERS": f"{_TRAIN}.num_workers",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": f"{_TRAIN}.dataset.filter_empty",
     "DATALOADER.ASPECT_RATIO_GROUPING": f"{_TRAIN}.aspect_ratio_grouping",
-    "DATALOADER.REPEAT_THRESHOLD": f"{_TRAIN}.sampler.repeat_factors.repeat_thresh",
     "INPUT.FORMAT": f"{_TEST}.image_format",
     "INPUT.MASK_FORMAT": f"{_TRAIN}.mapper.instance_mask_format",
     "INPUT.MIN_SIZE_TEST": f"{_TEST}.augmentations.0.short_edge_length",
@@ -84,6 +83,7 @@ _READ = {
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": f"{_PREDICTOR}.use_sigmoid_ce",
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": f"{_PREDICTOR}.use_fed_loss",
     "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": f"{_PREDICTOR}.fed_loss_num_classes",
+    "DATALOADER.REPEAT_THRESHOLD": f"{_TRAIN}.sampler.repeat_factors.repeat_thresh",
     "STAGE2.WEIGHTS": "stage2.weights",
     "STAGE2.MAX_ITER": "stage2.max_iter",
 }
@@ -204,9 +204,10 @@ def changes_predictor(cfg: CfgNode) -> bool:
 def refuse_ineffective(cfg: CfgNode) -> None:
     """Raise ConfigError if methods or options set a key that a LazyConfig has no use for."""
     source = vars(cfg).get("lazy_source")
-    effective = (*_PLACES, *_READ, *_FEDERATED, "MODEL.ROI_BOX_PREDICTOR.*")
-    keys = select_config(cfg, ("MODEL.*", "INPUT.*", "SOLVER.*"), effective) if source else {}
-    stock = _stock_keys()
+    if source is None:
+        return
+    stock, effective = _stock_keys(), (*_PLACES, *_READ, *_FEDERATED)
+    keys = select_config(cfg, ("MODEL.*", "INPUT.*", "SOLVER.*"), effective)
     for key, value in keys.items():
         if key in stock and value != source.as_read[key]:
             raise ConfigError(
@@ -282,9 +283,7 @@ def _described(value: Any, without: Collection[str], place: str = "") -> Any:
     if isinstance(value, dict):
         items = [(k, v, f"{place}.{k}".lstrip(".")) for k, v in value.items()]
         items = [item for item in items if item[2] not in without]
-        return {
-            k: _described(v, without, within) for k, v, within in items if within not in without
-        }
+        return {key: _described(item, without, within) for key, item, within in items}
     if isinstance(value, str | int | float | None | list):
         return value
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
