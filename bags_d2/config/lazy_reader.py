@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,8 +186,9 @@ def lazy_config(cfg: CfgNode):
     if source is None:
         return None
     lazy = copy.deepcopy(_load(source.path, source.overrides))
-    for key, value in _values(cfg, _PLACES).items():
-        if _text(value) != source.as_read[key]:
+    for key, text in select_config(cfg, tuple(_PLACES)).items():
+        if text != source.as_read[key]:
+            value = _value(cfg, key)
             for place in _expand(lazy, _PLACES[key]):
                 OmegaConf.update(lazy, place, list(value) if isinstance(value, tuple) else value)
     return lazy
@@ -206,10 +207,9 @@ def refuse_ineffective(cfg: CfgNode) -> None:
     source = vars(cfg).get("lazy_source")
     if source is None:
         return
-    stock, effective = _stock_keys(), (*_PLACES, *_READ, *_FEDERATED)
-    keys = select_config(cfg, ("MODEL.*", "INPUT.*", "SOLVER.*"), effective)
+    keys = select_config(cfg, ("MODEL.*", "INPUT.*", "SOLVER.*"), (*_PLACES, *_READ, *_FEDERATED))
     for key, value in keys.items():
-        if key in stock and value != source.as_read[key]:
+        if key in _stock_keys() and value != source.as_read[key]:
             raise ConfigError(
                 f"{key} has no effect on '{source.path}'; override the LazyConfig's own key "
                 "(path.key=value) instead."
@@ -233,25 +233,19 @@ def _load(path: str, overrides: tuple[str, ...]):
 def _stock_keys() -> dict[str, Any]:
     """Detectron2's keys, with their defaults."""
     defaults = get_cfg()
-    return _values(defaults, select_config(defaults, ("*",)))
+    return {key: _value(defaults, key) for key in select_config(defaults, ("*",))}
 
 
-def _values(cfg: CfgNode, keys: Iterable[str]) -> dict[str, Any]:
-    return {key: functools.reduce(getattr, key.split("."), cfg) for key in keys}
-
-
-def _text(value: Any) -> str:
-    return select_config({"": value}, ("*",))[""]
+def _value(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def _expand(lazy, place: str) -> Iterator[str]:
     """The places of all stages, of one in a box predictor."""
     stages = OmegaConf.select(lazy, f"{_HEADS}.box_predictors")
     if stages is None or not place.startswith(_PREDICTOR):
-        yield place
-        return
-    for i in range(len(stages)):
-        yield place.replace(_PREDICTOR, f"{_PREDICTOR}s.{i}", 1)
+        return iter([place])
+    return (place.replace(_PREDICTOR, f"{_PREDICTOR}s.{i}", 1) for i in range(len(stages)))
 
 
 def _set(content: dict, key: str, value: Any) -> None:

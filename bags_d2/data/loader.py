@@ -47,6 +47,7 @@ class LongTailDatasetMapper(DatasetMapper):
 
         Raises:
             MissingFileError: if the image does not exist.
+            ConfigError: if an augmentation needs a package that is missing.
             DataError: if it is damaged, of another size than annotated, or deeper than 8 bits.
         """
         dataset_dict = dict(dataset_dict)
@@ -62,6 +63,10 @@ class LongTailDatasetMapper(DatasetMapper):
             raise MissingFileError(
                 f"Image '{path}' does not exist; restore it, or correct the data set's folder of "
                 "images."
+            ) from None
+        except ModuleNotFoundError as error:  # as where masks are cropped without shapely
+            raise ConfigError(
+                f"An augmentation needs '{error.name}': pip install {error.name}."
             ) from None
         except SizeMismatchError as error:
             raise DataError(f"{str(error).rstrip('.')} ('{path}').") from None

@@ -173,13 +173,10 @@ class BAGSTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm.
-
-        That of a LazyConfig takes the parameters that :meth:`build_model` has left trainable.
-        """
+        """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm."""
         if lazy := lazy_config(cfg):
             lazy.optimizer.params.model = model
-            if "globs" in lazy.optimizer.params:
+            if "globs" in lazy.optimizer.params:  # what trains is chosen already
                 lazy.optimizer.params.update(globs=(), skip_frozen=False)
             return instantiate(lazy.optimizer)
         clip = cfg.SOLVER.CLIP_GRADIENTS

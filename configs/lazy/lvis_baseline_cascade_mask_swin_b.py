@@ -1,7 +1,7 @@
 """Swin-B, pretrained on ImageNet-21K, in the place of ViT-B: 50 epochs of the same recipe.
 
 Detectron2's ViTDet project publishes the result of training (AP 44.0, masks 39.6), which a stage 2
-starts from. The model needs timm: pip install "bags-d2[vit]".
+starts from. Needs timm and shapely: pip install "bags-d2[vit]".
 """
 
 from detectron2.config import LazyCall as L

@@ -1,7 +1,7 @@
 """ViTDet (ViT-B) with Cascade Mask R-CNN on LVIS v1, in the recipe of Detectron2's own project.
 
 Its classifiers are sigmoids with federated loss; the project publishes the result of training (AP
-43.0, masks 38.9), which a stage 2 starts from. The model needs timm: pip install "bags-d2[vit]".
+43.0, masks 38.9), which a stage 2 starts from. Needs timm and shapely: pip install "bags-d2[vit]".
 """
 
 from functools import partial
