@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAZY = sorted(path.stem for path in (ROOT / "configs" / "lazy").glob("*.py"))
 BASELINE, BAGS = "lvis_baseline_mask_R50", "lvis_bags_mask_R50"
 SWIN = "lvis_baseline_cascade_mask_swin_b"
-HEADS = "model.roi_heads"
+HEADS, SIZES = "model.roi_heads", ("short_edge_length", "max_size")
 SMALL_CASCADE = [
     *("model.backbone.square_pad=64", f"{HEADS}.mask_head.conv_dims=[8,8]"),
     *(f"{HEADS}.box_heads.{i}.conv_dims=[8]" for i in range(3)),
@@ -75,7 +75,7 @@ def tiny(datasets_root):
             *next(small for kind, small in SMALL.items() if name.endswith(kind)),
             "dataloader.train.dataset.names=lazy_tiny_train",
             "dataloader.test.dataset.names=lazy_tiny_val",
-            "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+            *(f"dataloader.test.mapper.augmentations.0.{s}=64" for s in SIZES),
             *("dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0"),
             *(f"{HEADS}.num_classes=6", f"{HEADS}.batch_size_per_image=16"),
             *("train.device=cpu", "train.amp.enabled=False"),
@@ -87,11 +87,12 @@ def tiny(datasets_root):
 
 OWN = """
 from bags_d2 import model_zoo
-cfg = model_zoo.get_config("lazy/{swin}.py")
+_base = model_zoo.get_config("lazy/{swin}.py")
 model, dataloader, optimizer, lr_multiplier, train = (
-    cfg[part] for part in ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+    _base[part] for part in ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 )
 dataloader.train.dataset.names, dataloader.test.dataset.names = "lazy_own_train", "lazy_own_val"
+dataloader.test.mapper.augmentations[0].update(short_edge_length=64, max_size=64)
 dataloader.train.mapper.augmentations = dataloader.test.mapper.augmentations
 datasets = dict(
     register=[
@@ -99,8 +100,7 @@ datasets = dict(
         for s in ("train", "val")
     ]
 )
-stage2 = dict(weights=cfg.stage2.weights, max_iter=3)
-del cfg
+stage2 = dict(weights=_base.stage2.weights, max_iter=3)
 """
 
 
