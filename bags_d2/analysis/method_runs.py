@@ -48,7 +48,7 @@ TRANSFORMS = {
 # from the seed.
 _INDIFFERENT = (
     *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
-    "STAGE2.*",  # in effect elsewhere, if at all
+    *("STAGE2.*", "LAZY.file"),  # in effect elsewhere, if at all
     *former_names(),
 )
 

@@ -1,8 +1,8 @@
 """Train or evaluate a detector.
 
-Flags are those of Detectron2's train_net.py, and --method. A config that ends in .py is a
-LazyConfig, whose options are written key=value: it is a Python program, which is run, so use none
-that you have not read. YAMLs are data.
+Flags are those of Detectron2's train_net.py, and --method. As for every command, a config that ends
+in .py is a LazyConfig, whose options may also be key=value: it is a Python program, which is run,
+so use none that you have not read (docs/lazyconfigs.md). YAMLs are data.
 
 Example:
     bags-d2 train --config-file configs/lvis_baseline_R50.yaml --method seesaw --num-gpus 8
@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.config_file.endswith(".py"):
-        from ..engine.lazy_training import train
-    else:
-        from ..engine.training import train
+    from ..engine.training import train
+
     train(args)

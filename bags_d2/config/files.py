@@ -6,6 +6,7 @@ and nothing of the detector or the data, so that it can be laid over any baselin
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from detectron2.config.compat import guess_version
 
 from ..errors import ConfigError, MissingFileError
 from ..utils.files import load_yaml
+from .lazy_reader import RECORD, attach_lazy_config, read_lazy_config
 from .renamed import rename_keys
 
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
@@ -88,12 +90,15 @@ def _find_config(path: str) -> tuple[str, tuple[str, ...]]:
     return path, ()
 
 
-def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict[str, Any]:
+def read_config_file(
+    path: str | os.PathLike, method: str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Read a YAML with its ``_BASE_`` as data; a tag that names a Python object is an error.
 
     Later bases take precedence over earlier ones, and the file itself over all. What makes
     ``STAGE2.ENABLED`` true is preceded by what the baseline's ``STAGE2`` says of weights and
-    schedule. If no file sets ``OUTPUT_DIR``, it follows from the names of config and method.
+    schedule. If no file sets ``OUTPUT_DIR``, it follows from the names of config and method. A path
+    that ends in .py is that of a LazyConfig, which is no data: it is run, and read as keys.
 
     Args:
         path: see :func:`find_config`, or a URL that Detectron2's PathManager knows. Its ``_BASE_``
@@ -101,6 +106,7 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
             file, or the name of a config of this package.
         method: what to lay over the file, joined by "+": names of :func:`list_methods`, followed
             by "_classifier" if only the classifier is to train, paths of YAMLs, and ``KEY=value``.
+        overrides: ``path.key=value`` of a LazyConfig; they take precedence over the method.
 
     Raises:
         MissingFileError, ConfigError: if the file, a ``_BASE_`` or the method does not exist, holds
@@ -108,7 +114,8 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
     """
     path = os.fspath(path)
     file, methods = find_config(path)
-    content = _read_with_bases(file, ())
+    is_lazy = file.endswith(".py")
+    content = read_lazy_config(file, overrides) if is_lazy else _read_with_bases(file, ())
     content["OUTPUT_DIR"] = baseline_dir = _output_dir(content, file)
     parent, run = os.path.split(baseline_dir.rstrip("/"))
     if methods and os.path.basename(os.path.dirname(path)) == _ABLATIONS:
@@ -118,17 +125,26 @@ def read_config_file(path: str | os.PathLike, method: str | None = None) -> dict
         run = run_name(run, name)
     if content["OUTPUT_DIR"] == baseline_dir:
         content["OUTPUT_DIR"] = os.path.join(parent, run)
+    if method and overrides:
+        _merge(read_lazy_config(file, overrides, overridden=True), content, path)
     return content
 
 
-def merge_config_file(cfg: CfgNode, path: str | os.PathLike, method: str | None = None) -> None:
+def merge_config_file(
+    cfg: CfgNode,
+    path: str | os.PathLike,
+    method: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """``cfg.merge_from_file`` for what :func:`read_config_file` returns.
 
     Raises:
         MissingFileError, ConfigError: see :func:`read_config_file`.
         KeyError, ValueError and the like: if it does not fit this config, as yacs says it.
     """
-    loaded = CfgNode(read_config_file(path, method))
+    loaded = CfgNode(read_config_file(path, method, overrides))
+    if (file := find_config(os.fspath(path))[0]).endswith(".py"):
+        attach_lazy_config(cfg, file, overrides)
     version = loaded.get("VERSION", None) or guess_version(loaded, os.fspath(path))
     if version == cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)
@@ -209,6 +225,11 @@ def _read_with_bases(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' is no config: it must hold 'KEY: value' lines.")
+    if RECORD in content:
+        name = _node(content, RECORD).get("file")
+        raise ConfigError(
+            f"'{path}' records a run by the LazyConfig '{name}'; name that file, with its options."
+        )
     rename_keys(content)
     bases = content.pop(_BASE, [])
     bases = [bases] if isinstance(bases, str) else bases

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.detection_utils import SizeMismatchError
@@ -17,7 +17,8 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import DataError, MissingFileError
+from ..config.lazy_reader import lazy_config
+from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.seeding import isolated_generators, step_seed
 from .build import training_records
 from .images import check_image, unreadable
@@ -27,8 +28,21 @@ from .samplers import EpochSampler, epoch_order
 class LongTailDatasetMapper(DatasetMapper):
     """``DatasetMapper`` whose errors name the image."""
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        lazy = lazy_config(cfg)
+        if lazy is None:
+            return super().from_config(cfg, is_train)
+        call = dict((lazy.dataloader.train if is_train else lazy.dataloader.test).mapper)
+        if (mapper := call.pop("_target_")) not in (DatasetMapper, cls):
+            raise ConfigError(
+                f"The LazyConfig's mapper {mapper} is unknown here; make it Detectron2's "
+                "DatasetMapper, or use Detectron2's lazyconfig_train_net.py."
+            )
+        return {name: instantiate(value) for name, value in call.items()}
+
     def __call__(self, dataset_dict: dict) -> dict:
-        """As the parent's; a MissingFileError or DataError if the image cannot be used."""
+        """As the parent's; MissingFileError, DataError or ConfigError say what is missing or wrong."""
         path = dataset_dict["file_name"]
         try:
             check_image(path)
@@ -37,6 +51,10 @@ class LongTailDatasetMapper(DatasetMapper):
             raise MissingFileError(
                 f"Image '{path}' does not exist; restore it, or correct the data set's folder of "
                 "images."
+            ) from None
+        except ModuleNotFoundError as error:  # as where masks are cropped without shapely
+            raise ConfigError(
+                f"An augmentation needs '{error.name}': pip install {error.name}."
             ) from None
         except SizeMismatchError as error:
             raise DataError(f"{str(error).rstrip('.')} ('{path}').") from None

@@ -173,7 +173,7 @@ def predictor_cfg(
     cfg.defrost()
     if weights is not None:
         cfg.MODEL.WEIGHTS = os.fspath(weights)
-    elif "MODEL.WEIGHTS" not in list(opts)[::2]:
+    elif not any(str(o).startswith(("MODEL.WEIGHTS", "train.init_checkpoint=")) for o in opts):
         cfg.MODEL.WEIGHTS = _trained_weights(cfg, path, method)
     if device or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = device or "cpu"

@@ -28,6 +28,7 @@ from ..config import (
     rename_options,
     scale_schedule,
 )
+from ..config.lazy_reader import refuse_ineffective, split_overrides
 from ..data.build import check_datasets, refuse_proposals
 from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
@@ -95,22 +96,24 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     path = args.config_file
     if not path:
         raise ConfigError("No config was given: add --config-file configs/lvis_bags_R50.yaml.")
-    opts = rename_options(args.opts or [])
+    overrides, opts = split_overrides(args.opts or []) if path.endswith(".py") else ((), args.opts)
+    opts = rename_options(opts or [])
     if any(str(key).startswith("STAGE2.") for key in opts[::2]):
         raise ConfigError(
             "STAGE2.* has no effect on the command line; set MODEL.WEIGHTS, SOLVER.MAX_ITER and "
             "SOLVER.STEPS instead."
         )
     try:
-        merge_config_file(cfg, path, getattr(args, "method", None))
+        merge_config_file(cfg, path, getattr(args, "method", None), overrides)
         # YAML's infinity, which yacs takes for a word on the command line.
         cfg.merge_from_list([math.inf if o == ".inf" else o for o in opts])
         scale_schedule(cfg)
+        refuse_ineffective(cfg)
     except BagsError:
         raise
     except Exception as error:  # yacs evaluates values, and raises nearly anything
         raise ConfigError(
-            f"Config '{path}' with options {opts}: {' '.join(str(error).split())}"
+            f"Config '{path}' with options {[*overrides, *opts]}: {' '.join(str(error).split())}"
         ) from None
     weights = cfg.MODEL.WEIGHTS
     if weights.startswith("checkpoints/") and not os.path.exists(weights):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
@@ -16,17 +16,20 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
+from ..config.lazy_reader import LAZY_LOADER, lazy_config
 from ..data.build import test_records, training_records
 from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
 from ..data.loader import LongTailDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
 from ..evaluation import LabelCheck, LongTailCOCOEvaluator, LongTailLVISEvaluator
+from ..modeling import lazy_model  # noqa: F401, registers the model of LazyConfigs
 from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
 from ..solver import clip_full_model
@@ -62,8 +65,10 @@ class BAGSTrainer(DefaultTrainer):
             module.require_determined()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        lazy = lazy_config(cfg)
+        ddp = {"broadcast_buffers": False, **(lazy.train.get("ddp", {}) if lazy else {})}
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+        model = create_ddp_model(model, **ddp, **on_cpu)
         trainer = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedSimpleTrainer
         self._trainer = trainer(
             model, data_loader, optimizer, max_skips=cfg.SOLVER.MAX_NONFINITE_STEPS
@@ -148,8 +153,11 @@ class BAGSTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0):
         """Detectron2's loader, with the samplers of ``data/samplers.py`` as well.
 
-        ``start_iter`` batches are left out, as a resumed run has had them.
+        ``start_iter`` batches are left out, as a resumed run has had them. A loader of a LazyConfig
+        that keys cannot describe starts afresh.
         """
+        if cfg.DATALOADER.SAMPLER_TRAIN == LAZY_LOADER:
+            return instantiate(lazy_config(cfg).dataloader.train)
         if cfg.DATALOADER.SAMPLER_TRAIN in _OTHER_SAMPLERS:
             mapper, records = LongTailDatasetMapper(cfg, True), training_records(cfg)
             return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
@@ -166,6 +174,11 @@ class BAGSTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Detectron2's optimizer; ``CLIP_GRADIENTS.CLIP_TYPE: "full_model"`` clips one norm."""
+        if lazy := lazy_config(cfg):
+            lazy.optimizer.params.model = model
+            if "globs" in lazy.optimizer.params:  # what trains is chosen already
+                lazy.optimizer.params.update(globs=(), skip_frozen=False)
+            return instantiate(lazy.optimizer)
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
             return super().build_optimizer(cfg, model)
@@ -175,6 +188,12 @@ class BAGSTrainer(DefaultTrainer):
         optimizer = super().build_optimizer(cfg, model)
         clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
         return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        if lazy := lazy_config(cfg):
+            return LRMultiplier(optimizer, instantiate(lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_evaluator(

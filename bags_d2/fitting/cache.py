@@ -71,6 +71,10 @@ FEATURE_KEYS = (
     *("INPUT.*_TRAIN", "INPUT.*_TRAIN_SAMPLING", "INPUT.RANDOM_FLIP", "INPUT.CROP.*"),
     *("INPUT.*FORMAT", "DATASETS.TRAIN", "SOLVER.AMP.ENABLED"),
     *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.ASPECT_RATIO_GROUPING"),
+    # Of a LazyConfig; its classifiers may differ.
+    *("LAZY.model.[!r]*", "LAZY.model.roi_heads.[!b]*", "LAZY.model.roi_heads.box_[!p]*"),
+    *("LAZY.model.roi_heads.box_po*",),
+    *("LAZY.model.roi_heads.*.box2box_transform.*", "LAZY.dataloader.train.mapper.*"),
 )
 _ANY = ("MODEL.*", "INPUT.*")
 # What a fit leaves open: any choice of RoIs serves it.

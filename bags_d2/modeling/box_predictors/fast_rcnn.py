@@ -105,6 +105,11 @@ class FastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):
             del losses["loss_box_reg"]
         return losses
 
+    def get_fed_loss_classes(self, gt_classes, num_fed_loss_classes, num_classes, weight):
+        """At most all classes, where the parent fails for fewer than it is to sample."""
+        num_fed_loss_classes = min(num_fed_loss_classes, num_classes)
+        return super().get_fed_loss_classes(gt_classes, num_fed_loss_classes, num_classes, weight)
+
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
         """0 with ``classification_only``, which drops it from the losses."""
         if self.classification_only:
