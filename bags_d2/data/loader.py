@@ -42,7 +42,7 @@ class LongTailDatasetMapper(DatasetMapper):
         return {name: instantiate(value) for name, value in call.items()}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """As the parent's; MissingFileError, DataError or ConfigError say what is missing or wrong."""
+        """As the parent's; errors (Missing, Data, Config) say what is missing or wrong."""
         path = dataset_dict["file_name"]
         try:
             check_image(path)
