@@ -299,7 +299,7 @@ def test_the_demo_and_what_is_done_with_it(project, monkeypatch):
     """On a twentieth of glyphs, with short schedules, in one process."""
     glyphs = prepare_glyphs.PRESETS["glyphs"]
     counts = tuple(max(1, n // 20) for n in glyphs.counts)
-    small = dataclasses.replace(glyphs, counts=counts, val_per_class=2)
+    small = dataclasses.replace(glyphs, counts=counts, val_per_class=8)
     monkeypatch.setitem(prepare_glyphs.PRESETS, "glyphs", small)
     (project / "datasets").unlink()
     prepare_glyphs.build_glyphs("glyphs", project / "datasets", num_workers=1, progress=False)

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from commands import bags_d2_here
 from run_folders import write_run
 
 from bags_d2 import ConfigError
@@ -16,7 +15,6 @@ from bags_d2.analysis.crops import choose_crops, cut_crops
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 NAMES = {3: "<script>alert(1)</script>", 8: "Bee", 20: "cat & dog", 21: "ähre"}
 COUNTS = {3: 5, 8: 50, 20: 700, 21: 5000}
@@ -197,7 +195,6 @@ def test_boxes_of_any_place_and_size_are_cut(tmp_path):
     assert cut_crops(crops, {}) == {}
 
 
-@pytest.mark.slow
 def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     config = tmp_path / "data.yaml"
@@ -205,12 +202,11 @@ def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
         "DATASETS:\n  REGISTER:\n"
         f'    - ["report_val", "lvis", "{tmp_path}/annotations.json", "{tmp_path}"]\n'
     )
-    tool = [sys.executable, "-m", "bags_d2", "report", "--output", str(tmp_path / "r.html")]
-    command = [*tool, str(folder), "--config-file", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    tool = ("report", "--output", tmp_path / "r.html")
+    done = bags_d2_here(*tool, folder, "--config-file", config)
     assert done.returncode == 0, done.stderr
     assert "data:image/jpeg" in (tmp_path / "r.html").read_text()
-    done = subprocess.run([*tool, "none"], capture_output=True, text=True, cwd=ROOT)
+    done = bags_d2_here(*tool, "none")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("Error: 'none' has no bbox evaluation")
 

@@ -4,14 +4,13 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
 import pytest
+from commands import bags_d2, bags_d2_here
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from run_folders import write_run
 
@@ -21,7 +20,6 @@ from bags_d2.analysis.detections import winning_classes, winning_groups
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.runs import configured_thresholds, loss_history, read_ground_truth, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
@@ -209,14 +207,6 @@ def test_the_ground_truth_of_a_loader_of_ones_own(make_run):
         read_ground_truth(run)
 
 
-def _tool(*arguments):
-    command = [sys.executable, "-m", "bags_d2", "runs", *map(str, arguments)]
-    # In the C locale, whose encoding is ASCII.
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment = {**os.environ, **locale}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-
 @pytest.mark.slow
 def test_the_tool_compares_two_runs(make_run, tmp_path):
     first = make_run("one", [10.0, None, 30.0, 40.0])
@@ -227,7 +217,11 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
         f'    - ["runs_val", "lvis", "{make_run.annotations}", "{tmp_path}"]\n'
     )
     out = tmp_path / "out"
-    done = _tool(first, second, "--output", out, "--config-file", config)
+    # In the C locale, whose encoding is ASCII.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ("runs", first, second, "--output", out, "--config-file", config)
+    environment = {**os.environ, **locale}
+    done = bags_d2(*arguments, env=environment)
     assert done.returncode == 0, done.stderr
     assert "10.0" in done.stdout
     assert {p.name for p in out.iterdir()} == {
@@ -241,10 +235,10 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
     assert "20,çat,7,30.0,25.0" in (out / "class_ap.csv").read_text("utf-8").splitlines()
     rows = list(csv.reader((out / "winning_groups.csv").read_text().splitlines()))
     assert rows[1] == ["one", "0-9", "0", "0", "1", "0", "1", "0"]
-    without = _tool(first, second, "--output", out)
+    without = bags_d2(*arguments[:-2], env=environment)
     assert "'runs_val' of" in without.stderr
     assert "add --config-file" in without.stderr
-    same = _tool(first, first, "--output", out)
+    same = bags_d2_here("runs", first, first, "--output", out)
     assert "Runs share a name among one, one" in same.stderr
 
 
