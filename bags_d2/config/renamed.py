@@ -1,4 +1,7 @@
-"""Keys that had other names, which files, commands and programs may still use."""
+"""Keys that had other names, which files, commands and programs may still use.
+
+A key that is set under both names to different values is a ConfigError.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +27,7 @@ def current_name(key: str) -> str:
 
 
 def rename_options(opts: Sequence) -> list:
-    """Keys and values of a command, the keys under their current names.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
+    """Keys and values of a command, the keys under their current names."""
     renamed, given = list(opts), dict(zip(opts[::2], opts[1::2], strict=False))
     for i, key in enumerate(opts[::2]):
         renamed[2 * i] = current = current_name(str(key))
@@ -38,11 +37,7 @@ def rename_options(opts: Sequence) -> list:
 
 
 def rename_keys(content: dict[str, Any]) -> None:
-    """Move keys of a file to their current names, in place. An empty value is none.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
+    """Move keys of a file to their current names, in place. An empty value is none."""
     model = content.get("MODEL") if isinstance(content, dict) else None
     former = model.get(_FORMER) if isinstance(model, dict) else None
     for name in _MOVED.keys() & former.keys() if isinstance(former, dict) else ():
@@ -52,11 +47,7 @@ def rename_keys(content: dict[str, Any]) -> None:
 
 
 def long_tail(cfg: CfgNode) -> CfgNode:
-    """``MODEL.LONG_TAIL``, where a program may have set keys under their former names.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
+    """``MODEL.LONG_TAIL``, where a program may have set keys under their former names."""
     node = cfg.MODEL[_CURRENT].clone()
     node.defrost()
     for name, default in _MOVED.items():

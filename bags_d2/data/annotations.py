@@ -2,8 +2,8 @@
 
 Counting, training, evaluation and the report take their data from here, so what is counted is what
 is trained on and what is evaluated. A file is read once in a process. Whatever has one meaning is
-normalized; whatever has none is refused in one sentence, before training. docs/datasets.md lists
-both. Folders of other formats (data/formats) come here as what such a file would hold.
+normalized; whatever has none is a DataError of one sentence, before training. docs/datasets.md
+lists both. Folders of other formats (data/formats) come here as what such a file would hold.
 
 Shapes in this file: N annotations, I images, K categories.
 """
@@ -301,10 +301,6 @@ def read_annotations(path: str | os.PathLike) -> AnnotationSet:
 
     Args:
         path: a file in COCO or LVIS format, or a URL that Detectron2's PathManager knows.
-
-    Raises:
-        MissingFileError, DataError: if it does not exist, or for the first thing in it that has no
-            meaning.
     """
     local = require_file(path)
     return _read_version(os.fspath(path), local, file_version(local))
@@ -327,9 +323,6 @@ def check_annotations(
         content: in COCO's or LVIS's format; masks are taken out of it.
         notes: what the summary says besides.
         lists_all_classes: see :class:`AnnotationSet`.
-
-    Raises:
-        DataError: for the first thing that has no meaning.
     """
     sections, is_object = {}, isinstance(content, dict)
     for name in ("categories", "images", "annotations") if is_object else ("images",):

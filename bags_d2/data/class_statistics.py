@@ -2,6 +2,7 @@
 
 Everything is in contiguous class order, that of Detectron2's ``gt_classes``. What is counted is
 what is trained on: crowds, ignored regions and boxes that enclose nothing are left out.
+A file that is not there raises MissingFileError; one that is faulty, or lacks names, DataError.
 """
 
 import functools
@@ -61,11 +62,7 @@ class ClassStatistics:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ClassStatistics":
-        """Those that a checkpoint's content carries; unknown ones if it carries none.
-
-        Raises:
-            DataError: if "classes" is of another form.
-        """
+        """Those that a checkpoint's content carries; unknown ones if it carries none."""
         content = checkpoint.get("classes")
         if content is None:
             return cls()
@@ -179,10 +176,6 @@ def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
 
     Returns:
         Long tensor (K,).
-
-    Raises:
-        MissingFileError, DataError: if it is not registered, cannot be read, or its classes have
-            no names.
     """
     metadata = MetadataCatalog.get(dataset_name)
     known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
@@ -211,10 +204,6 @@ def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> to
 
     Returns:
         Long tensor (K,).
-
-    Raises:
-        MissingFileError, DataError: if there is no such file, it is not such a JSON, or its classes
-            are not those of the data set.
     """
     return _read_counts(path, None if class_names is None else lambda: class_names)
 

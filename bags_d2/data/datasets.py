@@ -1,4 +1,8 @@
-"""Registration of data sets of annotation files and folders, and of the built-in ones."""
+"""Registration of data sets of annotation files and folders, and of the built-in ones.
+
+A data set or file that is not there raises MissingFileError; one that has no meaning, or is not
+what the data set is registered with, raises DataError.
+"""
 
 import functools
 import os
@@ -74,9 +78,6 @@ def load_annotation_file(
 
     Returns:
         One record for each image, in the order of image ids.
-
-    Raises:
-        MissingFileError, DataError: if there is no such file, or something in it has no meaning.
     """
     annotations = _read(json_file, image_root, dataset_name, kind)
     metadata = MetadataCatalog.get(dataset_name)
@@ -108,12 +109,7 @@ def adopt(name: str) -> None:
 
 
 def dataset_annotations(name: str) -> AnnotationSet | None:
-    """The annotations that a data set is loaded from; None if its loader is the user's own.
-
-    Raises:
-        MissingFileError: if there is no such data set or file.
-        DataError: if something in it has no meaning, or its classes are not those registered.
-    """
+    """The annotations that a data set is loaded from; None if its loader is the user's own."""
     if name not in DatasetCatalog:
         raise MissingFileError(f"Data set '{name}' (DATASETS) is not registered.")
     adopt(name)
@@ -124,12 +120,7 @@ def dataset_annotations(name: str) -> AnnotationSet | None:
 
 
 def evaluated_annotations(name: str) -> AnnotationSet:
-    """What a data set is evaluated on: the json_file of its metadata, else what it is loaded from.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if something in it has no meaning, or the data set has no annotation file.
-    """
+    """What a data set is evaluated on: its metadata's json_file, else what it is loaded from."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is not None:
         return read_annotations(json_file)
@@ -143,12 +134,7 @@ def evaluated_annotations(name: str) -> AnnotationSet:
 
 
 def class_names(name: str) -> list[str]:
-    """Names of a registered data set's classes, in contiguous order.
-
-    Raises:
-        MissingFileError: if its annotation file does not exist.
-        DataError: if that is faulty, or a loader of the user's own sets no names.
-    """
+    """Names of a registered data set's classes, in contiguous order."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         annotations = dataset_annotations(name)

@@ -1,4 +1,7 @@
-"""Image files: what can be read as 8 bits a channel, and errors that name the file."""
+"""Image files: what can be read as 8 bits a channel, and errors that name the file.
+
+All raise what :func:`check_image` does.
+"""
 
 import contextlib
 import os
@@ -33,11 +36,7 @@ def check_image(path: str | os.PathLike) -> None:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height of an image as it is shown, turned by its EXIF data, from its header.
-
-    Raises:
-        MissingFileError, DataError: as :func:`check_image`.
-    """
+    """Width and height of an image as it is shown, turned by its EXIF data, from its header."""
     with _opened(path) as image:
         # PNG's own getexif would decode the pixels.
         turned = Image.Image.getexif(image).get(_ORIENTATION) in (5, 6, 7, 8)
@@ -45,11 +44,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def read_image(path: str | os.PathLike, format: str = "BGR") -> np.ndarray:
-    """Detectron2's ``read_image``, with errors that name the file: uint8 (H, W, C).
-
-    Raises:
-        MissingFileError, DataError: as :func:`check_image`, or if the image is damaged.
-    """
+    """Detectron2's ``read_image``, with errors that name the file: uint8 (H, W, C)."""
     check_image(path)
     try:
         return detection_utils.read_image(os.fspath(path), format=format)

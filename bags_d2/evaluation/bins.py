@@ -44,7 +44,7 @@ def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOL
         raise ConfigError(
             f"count_thresholds must be positive and strictly ascending, not {tuple(thresholds)}."
         )
-    counts = _array(counts)
+    counts = torch.as_tensor(counts).cpu().numpy()
     if np.any(counts < 0):
         raise DataError(f"class_counts must not be negative, but the smallest is {counts.min()}.")
     return np.searchsorted(bounds, counts, side="right")
@@ -81,7 +81,7 @@ def balanced_ap(bin_aps: Mapping[str, float]) -> float:
 
 def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
     """The counts as a (K,) array; DataError if there is not exactly one per class."""
-    counts = _array(class_counts)
+    counts = torch.as_tensor(class_counts).cpu().numpy()
     if counts.shape != (num_classes,):
         raise DataError(
             f"class_counts has shape {counts.shape}, but the evaluated model has {num_classes} "
@@ -171,7 +171,3 @@ def _percent_ap(precision: np.ndarray) -> np.ndarray:
     """(C,) AP in percent from precision (T, R, C), NaN for classes without ground truth."""
     no_ground_truth = (precision < 0).any(axis=(0, 1))
     return np.where(no_ground_truth, np.nan, 100 * precision.mean(axis=(0, 1)))
-
-
-def _array(counts: Counts) -> np.ndarray:
-    return np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)

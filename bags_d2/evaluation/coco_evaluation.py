@@ -41,9 +41,6 @@ class LongTailCOCOEvaluator(COCOEvaluator):
             tasks, distributed, output_dir, **kwargs: see `COCOEvaluator`.
             class_counts, class_names, common_classes_only, count_thresholds: see
                 `LongTailLVISEvaluator`.
-
-        Raises:
-            MissingFileError, DataError, ConfigError: as `LongTailLVISEvaluator`.
         """
         self._truth = GroundTruth.of_dataset(dataset_name, class_names, common_classes_only)
         self._report = ClassReport(self._truth, class_counts, count_thresholds, output_dir)

@@ -1,5 +1,7 @@
 """Detections as hotcoco takes them fastest: an array of boxes, and masks beside it.
 
+What is not finite, or lacks the box or mask of a task, is a PredictionError.
+
 Shapes: N detections. A row is (image id, x, y, width, height, score, category id).
 """
 
@@ -24,9 +26,6 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
 
     Returns:
         Rows (N, 7) and masks (N,) in run-length code, None where ``tasks`` need none.
-
-    Raises:
-        PredictionError: for non-finite numbers, and if a detection lacks the box or mask of a task.
     """
     masks = masks_of(detections, tasks)
     rows = [
@@ -38,11 +37,7 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
 
 
 def masks_of(detections: Sequence[Mapping], tasks: Collection[str]) -> np.ndarray:
-    """Masks (N,) in run-length code, None where ``tasks`` need none.
-
-    Raises:
-        PredictionError: if a detection lacks the box or mask of a task.
-    """
+    """Masks (N,) in run-length code, None where ``tasks`` need none."""
     for key in [_GEOMETRY_KEYS[task] for task in tasks]:
         for detection in detections:
             if key not in detection:
@@ -57,11 +52,7 @@ def masks_of(detections: Sequence[Mapping], tasks: Collection[str]) -> np.ndarra
 def instances_to_rows(
     instances: Instances, image_id: int, category_ids: Sequence[int]
 ) -> np.ndarray:
-    """Rows (N, 7) of Detectron2's detections, ``category_ids`` those of each ``pred_classes``.
-
-    Raises:
-        PredictionError: for non-finite numbers.
-    """
+    """Rows (N, 7) of Detectron2's detections, ``category_ids`` those of each ``pred_classes``."""
     rows = np.empty((len(instances), 7))
     rows[:, IMAGE] = image_id
     boxes = instances.pred_boxes.tensor.numpy()

@@ -870,7 +870,7 @@ def test_conversion_of_run_length_codes_and_what_is_lost(tmp_path, images, log_l
         read = read_row(kind, source, root)
         disc_back = mask_utils.decode(
             mask_utils.merge(mask_utils.frPyObjects(mask, SIDE, SIDE))
-            if isinstance(mask := read.masks.get(0, read.image_rows[0], as_json=True), list)
+            if isinstance(mask := read.masks.get(0, as_json=True), list)
             else mask
         )
         both = np.minimum(disc_back, disc).sum() / np.maximum(disc_back, disc).sum()
