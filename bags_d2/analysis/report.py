@@ -357,7 +357,8 @@ def _doubtful_labels(runs: Sequence[EvaluatedRun], seen: _Seen) -> dict:
         for row in run.label_check(_DOUBTFUL):
             if (found := annotations.get(row["annotation_id"])) and row["contradiction"] > 0:
                 crop = Crop("doubtful", found["image_id"], tuple(found["bbox"]))
-                cards.append({**row, "crop": crop})
+                names = {key: printable(row[key]) for key in ("name", "model_name")}
+                cards.append({**row, **names, "crop": crop})
     except (BagsError, OSError) as error:
         return {"cards": [], "absent": str(error)}
     return {"cards": cards, "run": run.label, "file": printable(str(run.label_check_file))}
