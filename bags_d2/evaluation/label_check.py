@@ -128,8 +128,8 @@ def contradictions(
 
     :math:`\max_{c \ne y} \log (p_c + 10^{-4}) / (t_c + 10^{-3})`, minus the same of the label y.
     :math:`t_c` is the mean probability that objects labelled c get for c, as in confident learning
-    (Northcutt et al., 2021): without it, all objects of rare classes, which the model hardly ever names, would come
-    first.
+    (Northcutt et al., 2021): without it, all objects of rare classes, which the model hardly ever
+    names, would come first.
 
     Args:
         labels: (N,) classes.
