@@ -178,8 +178,9 @@ class ClassReport:
             )
         ]
         rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
+        rows = [(*cells, None if math.isnan(value) else value) for *cells, value in rows]
         headers = ("", "training instances", "classes", "evaluated", "AP")
-        return tabulate(rows, headers, "pipe", ".3f")
+        return tabulate(rows, headers, "pipe", ".3f", missingval="-")
 
 
 def _defined_mean(values: np.ndarray) -> float:
