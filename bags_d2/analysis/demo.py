@@ -140,8 +140,8 @@ def draw_comparison(
     """Draw the truth, and what each run makes of it, on the images where rare classes gain most.
 
     These are the images with the most objects of rare classes that the runs after the first name
-    right, on average, beyond those that the first does. Of detections that overlap, the one that
-    scores highest is drawn.
+    right, on average, beyond those that the first does; among equals, with the most objects. Of
+    detections that overlap, the one that scores highest is drawn.
 
     Args:
         class_labels: what to write on boxes, by category id.
@@ -155,8 +155,8 @@ def draw_comparison(
     gains = Counter()
     for detections, weight in zip(found, [-len(others), *[1] * len(others)], strict=True):
         for row, winner in zip(objects, winning_classes(objects, detections), strict=True):
-            is_rare = row["category_id"] in rare
-            gains[row["image_id"]] += weight * (is_rare and winner == row["category_id"])
+            if winner == (own := row["category_id"]):
+                gains[row["image_id"]] += weight * (1000 if own in rare else 1)
     of_image = [group_by(detections, "image_id") for detections in found]
 
     def draw(pixels: np.ndarray, boxes: list[dict], colors: list[str], title, legend):

@@ -3,7 +3,7 @@
 import datetime
 import math
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,10 @@ def write_html_report(
         seen = _see(runs)
     except (BagsError, OSError) as error:
         seen = _Seen(absent=str(error))
+    names = [
+        printable(name) or f"class {category}"
+        for name, category in zip(first.names, first.category_ids, strict=True)
+    ]
     labels = _doubtful_labels(runs, seen)
     shown, crops_note = _limited(runs, seen, max_crops - len(labels["cards"]))
     crops = {c for of_runs in shown.values() for of in of_runs.values() for c in of}
@@ -102,14 +106,14 @@ def write_html_report(
         config=_config(runs),
         charts=_charts(runs, bins, thresholds, seen),
         run_labels=[run.label for run in runs],
-        confusions=_worst_confusions(runs, seen),
+        confusions=_worst_confusions(first, names, seen),
         labels=labels,
         class_columns=[
             *("class", "training instances", "validation instances"),
             *(f"AP {run.label}" for run in runs),
             *([f"{last.label} - {first.label}"] if is_comparison else []),
         ],
-        classes=_classes(runs, seen, shown),
+        classes=_classes(runs, names, seen, shown),
         pictures=pictures,
         crops_note=crops_note,
     )
@@ -214,42 +218,50 @@ def _charts(
     return charts
 
 
-def _classes(runs: Sequence[EvaluatedRun], seen: "_Seen", crops: dict[int, dict]) -> list[dict]:
+def _classes(
+    runs: Sequence[EvaluatedRun], names: Sequence[str], seen: "_Seen", crops: dict[int, dict]
+) -> list[dict]:
     """Rows of the table, the rarest class first."""
     first, last = runs[0], runs[-1]
-    confused = {}
-    for label in seen.winners:
-        confused[label] = of_run = defaultdict(list), defaultdict(list)
-        for (own, other), number in seen.confusions(label).items():
-            of_run[0][own].append((other, number))
-            of_run[1][other].append((own, number))
+    details = _details(names, seen, crops)
     rows = []
     for i in np.argsort(first.training_instances, kind="stable").tolist():
-        trained = first.training_instances[i]
+        trained, objects = int(first.training_instances[i]), int(first.validation_instances[i])
         cells = [
             _cell(trained if trained >= 0 else None, ",.0f"),
-            _cell(first.validation_instances[i], ",.0f"),
+            _cell(objects, ",.0f"),
             *(_cell(run.ap[i], ".1f") for run in runs),
             *([_cell(last.ap[i] - first.ap[i], "+.1f")] if len(runs) > 1 else []),
         ]
-        marks = ["never trained"] * int(trained == 0)
-        marks += ["no objects here"] * int(first.validation_instances[i] == 0)
-        own = first.category_ids[i]
-        details = [
-            {
-                "label": label,
-                "taken_for": _most(taken_for[own], first),
-                "taken_for_it": _most(taken_for_it[own], first),
-                "crops": crops.get(i, {}).get(label),
-            }
-            for label, (taken_for, taken_for_it) in confused.items()
-        ]
-        rows.append({"cells": cells, "marks": marks, "name": _name(first, i), "details": details})
+        marks = ["never trained"] * (trained == 0) + ["no objects here"] * (objects == 0)
+        rows.append({"cells": cells, "marks": marks, "name": names[i], "details": details[i]})
     return rows
 
 
-def _name(run: EvaluatedRun, i: int) -> str:
-    return printable(run.names[i]) or f"class {run.category_ids[i]}"
+def _details(names: Sequence[str], seen: "_Seen", crops: dict[int, dict]) -> list[list[dict]]:
+    """For each class, what each run confuses it with, and its crops if there is room for them."""
+    details = [[] for _ in names]
+    for label, counts in seen.confusions.items():
+        taken_for, taken_for_it = ([[] for _ in names] for _ in range(2))
+        for (own, other), number in counts.most_common():
+            taken_for[own].append(f"{names[other]} ({number})")
+            taken_for_it[other].append(f"{names[own]} ({number})")
+        for i, of_class in enumerate(details):
+            worst = (", ".join(x[i][:_CONFUSIONS_PER_CLASS]) for x in (taken_for, taken_for_it))
+            row = dict(zip(("taken_for", "taken_for_it"), worst, strict=True))
+            of_class.append({**row, "label": label, "crops": crops.get(i, {}).get(label)})
+    return details
+
+
+def _worst_confusions(run: EvaluatedRun, names: Sequence[str], seen: "_Seen") -> list[tuple]:
+    """Class, what it is taken for, its objects, and how many each run takes so; by the last run."""
+    runs, rows = list(seen.confusions.values()), []
+    sizes = Counter(annotation["category_id"] for annotation in seen.objects)
+    for (own, other), _ in runs[-1].most_common(_CONFUSIONS) if runs else ():
+        size = sizes[run.category_ids[own]]
+        cells = [f"{of[own, other]} ({of[own, other] / size:.0%})" for of in runs]
+        rows.append((names[own], names[other], size, cells))
+    return rows
 
 
 def _cell(value: float | None, style: str) -> tuple[float | str, str]:
@@ -264,31 +276,33 @@ def _text(value: float | None, style: str) -> str:
 
 @dataclass
 class _Seen:
-    """What images and detections show; nothing if they are absent."""
+    """What images and detections show; nothing if they are absent. Classes are positions."""
 
     absent: str = ""
     images: dict[Hashable, dict] = field(default_factory=dict)
     objects: list[dict] = field(default_factory=list)
-    winners: dict[str, list] = field(default_factory=dict)  # of the objects, by label of the run
+    # By label of the run: the category that wins over each object, and numbers of objects of one
+    # class that are taken for another.
+    winners: dict[str, list] = field(default_factory=dict)
+    confusions: dict[str, Counter] = field(default_factory=dict)
     crops: dict[int, dict[str, list[Crop]]] = field(default_factory=dict)  # by class, by run
-
-    def confusions(self, label: str) -> Counter:
-        """How many objects of one class are taken for another, by (own, other) category id."""
-        pairs = zip((o["category_id"] for o in self.objects), self.winners[label], strict=True)
-        return Counter((own, other) for own, other in pairs if other not in (None, own))
 
 
 def _see(runs: Sequence[EvaluatedRun]) -> _Seen:
-    first = runs[0]
-    images = read_ground_truth(first)
+    images, categories = read_ground_truth(runs[0]), runs[0].category_ids
     seen = _Seen(images=images, objects=objects_of(images))
     of_class = group_by(seen.objects, "category_id")
-    seen.crops = {i: {} for i in range(len(first.names))}
+    position = {category: i for i, category in enumerate(categories)}
+    seen.crops = {i: {} for i in position.values()}
     for run in runs:  # one after the other, as there may be millions of detections
         detections = run.detections()
-        seen.winners[run.label] = winning_classes(seen.objects, detections)
+        seen.winners[run.label] = winners = winning_classes(seen.objects, detections)
+        pairs = ((o["category_id"], w) for o, w in zip(seen.objects, winners, strict=True))
+        seen.confusions[run.label] = Counter(
+            (position[own], position[winner]) for own, winner in pairs if winner not in (None, own)
+        )
         found = group_by(detections, "category_id")
-        for i, category in enumerate(first.category_ids):
+        for category, i in position.items():
             rows = of_class.get(category, ()), found.get(category, ())
             seen.crops[i][run.label] = choose_crops(category, *rows, images, _CROPS_PER_KIND)
     return seen
@@ -322,29 +336,6 @@ def _by_interest(runs: Sequence[EvaluatedRun]) -> list[int]:
     return np.argsort(-np.nan_to_num(interest, nan=-math.inf), kind="stable").tolist()
 
 
-def _most(pairs: list[tuple[Hashable, int]], run: EvaluatedRun) -> str:
-    """The classes that most objects are confused with, with their numbers."""
-    position = {category: i for i, category in enumerate(run.category_ids)}
-    best = sorted(pairs, key=lambda pair: -pair[1])[:_CONFUSIONS_PER_CLASS]
-    return ", ".join(f"{_name(run, position[category])} ({n})" for category, n in best)
-
-
-def _worst_confusions(runs: Sequence[EvaluatedRun], seen: _Seen) -> list[tuple]:
-    """Class, what it is taken for, and of how many objects each run does so, worst first."""
-    first, last = runs[0], runs[-1]
-    position = {category: i for i, category in enumerate(first.category_ids)}
-    counts = {label: seen.confusions(label) for label in seen.winners}
-    sizes = Counter(annotation["category_id"] for annotation in seen.objects)
-    worst = counts[last.label].most_common(_CONFUSIONS) if counts else []
-    return [
-        (
-            *(_name(first, position[own]), _name(first, position[other]), sizes[own]),
-            [f"{of[own, other]} ({of[own, other] / sizes[own]:.0%})" for of in counts.values()],
-        )
-        for (own, other), _ in worst
-    ]
-
-
 def _doubtful_labels(runs: Sequence[EvaluatedRun], seen: _Seen) -> dict:
     """The objects whose label the last run that was asked contradicts most."""
     run = next((run for run in reversed(runs) if run.label_check_file.is_file()), None)
@@ -357,7 +348,8 @@ def _doubtful_labels(runs: Sequence[EvaluatedRun], seen: _Seen) -> dict:
         for row in run.label_check(_DOUBTFUL):
             if (found := annotations.get(row["annotation_id"])) and row["contradiction"] > 0:
                 crop = Crop("doubtful", found["image_id"], tuple(found["bbox"]))
-                cards.append({**row, "crop": crop})
+                names = {key: printable(row[key]) for key in ("name", "model_name")}
+                cards.append({**row, **names, "crop": crop})
     except (BagsError, OSError) as error:
         return {"cards": [], "absent": str(error)}
     return {"cards": cards, "run": run.label, "file": printable(str(run.label_check_file))}

@@ -130,7 +130,8 @@ class EvaluatedRun:
         try:
             with open(require_file(path), newline="", encoding="utf-8") as file:
                 rows = list(itertools.islice(csv.DictReader(file), most))
-            return [{**row, "contradiction": float(row["contradiction"])} for row in rows]
+            numbers = ("probability", "model_probability", "contradiction")
+            return [{**row, **{key: float(row[key]) for key in numbers}} for row in rows]
         except _MALFORMED as error:
             raise DataError(f"'{path}' is damaged ({error!r:.200}); evaluate again.") from None
 

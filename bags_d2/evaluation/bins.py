@@ -157,8 +157,9 @@ class ClassReport:
             span = f"[{bounds[i]}, {bounds[i + 1]})"
             rows.append((name, span, len(found), (~np.isnan(found)).sum(), bin_ap))
         rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
+        rows = [(*cells, None if math.isnan(value) else value) for *cells, value in rows]
         headers = ("", "training instances", "classes", "evaluated", "AP")
-        return tabulate(rows, headers, "pipe", ".3f")
+        return tabulate(rows, headers, "pipe", ".3f", missingval="-")
 
 
 def defined_mean(values: np.ndarray) -> float:

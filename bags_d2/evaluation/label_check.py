@@ -126,10 +126,10 @@ def contradictions(
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""How much a model contradicts the label of each object.
 
-    The log ratio :math:`\max_{c \ne y} \log p_c / t_c - \log p_y / t_y`, where :math:`t_c` is the
-    mean probability that objects labelled c get for c, as in confident learning (Northcutt et al.,
-    2021): without it, all objects of rare classes, which the model hardly ever names, would come
-    first.
+    :math:`\max_{c \ne y} \log (p_c + 10^{-4}) / (t_c + 10^{-3})`, minus the same of the label y.
+    :math:`t_c` is the mean probability that objects labelled c get for c, as in confident learning
+    (Northcutt et al., 2021): without it, all objects of rare classes, which the model hardly ever
+    names, would come first.
 
     Args:
         labels: (N,) classes.
@@ -145,8 +145,8 @@ def contradictions(
     sums = np.bincount(labels, weights=own, minlength=num_classes)
     # Of a class without objects nothing is known; 1 lets it win where it is certain.
     usual = np.where(sizes > 0, sums / np.maximum(sizes, 1), 1.0) + 1e-3
-    ratios = np.log(np.maximum(top, 1e-6) / usual[classes])
+    ratios = np.log((top + 1e-4) / usual[classes])
     ratios[classes == labels[:, None]] = -np.inf
     others = ratios.argmax(axis=1)
     best = ratios[np.arange(len(labels)), others]
-    return best - np.log(np.maximum(own, 1e-6) / usual[labels]), others
+    return best - np.log((own + 1e-4) / usual[labels]), others

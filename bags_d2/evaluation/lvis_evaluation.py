@@ -274,7 +274,8 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 evaluation = evaluate_without_image_cap(truth, merged, task)
                 results[f"{task}_fixed"] = _measures(evaluation, self._report, f"{task}_fixed", "")
         for task, metrics in results.items():
-            logger.info("Evaluation results for %s:\n%s", task, create_small_table(metrics))
+            shown = {name: "-" if math.isnan(value) else value for name, value in metrics.items()}
+            logger.info("Evaluation results for %s:\n%s", task, create_small_table(shown))
         return results
 
     def _new_stream(self, task: str) -> StreamingEval:

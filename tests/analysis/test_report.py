@@ -120,7 +120,7 @@ def test_doubtful_labels_are_shown_with_ids_and_what_the_model_says(make_run, tm
     page = page_of(tmp_path / "r.html", [folder])
     assert page.count('<div class="card">') == 1
     card = text_of(page[page.index('<div class="card">') :])
-    assert "labelled ähre (0.01) rather &lt;i&gt;Bee (0.9) annotation 4" in card
+    assert "labelled ähre (1.00%) rather &lt;i&gt;Bee (90.00%) annotation 4" in card
     assert 'alt="annotation 4" src="data:image/jpeg' in page
     assert str(path) in page
 

@@ -28,7 +28,7 @@ def _slow_contradictions(labels, probs):
         usual.append(np.mean(own) if own else 1.0)
     scores, others = [], []
     for y, p in zip(labels, probs, strict=True):
-        ratio = [np.log(max(p[c], 1e-6) / (usual[c] + 1e-3)) for c in range(len(p))]
+        ratio = [np.log((p[c] + 1e-4) / (usual[c] + 1e-3)) for c in range(len(p))]
         other = max((c for c in range(len(p)) if c != y), key=lambda c: ratio[c])
         scores.append(ratio[other] - ratio[y])
         others.append(other)
