@@ -791,7 +791,7 @@ def data_sets(draw):
 def shown(read, position, row):
     """The mask of an annotation as eighths of pixels."""
     image = read.image_rows[position]
-    mask = read.masks.get(row, image, as_json=True)
+    mask = read.masks.get(row, as_json=True)
     if mask is None:
         return None
     fine = [[8 * value for value in polygon] for polygon in mask]
