@@ -170,6 +170,8 @@ def scale_schedule(cfg: CfgNode) -> None:
     factor = cfg.SOLVER.SCHEDULE_FACTOR
     cfg.SOLVER.MAX_ITER = round(cfg.SOLVER.MAX_ITER * factor)
     cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
+    if factor != 1:  # rounding may put the last step on the end, which no schedule takes
+        cfg.SOLVER.STEPS = tuple(s for s in cfg.SOLVER.STEPS if s < cfg.SOLVER.MAX_ITER)
     cfg.SOLVER.SCHEDULE_FACTOR = 1.0
 
 

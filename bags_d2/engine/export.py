@@ -8,6 +8,7 @@ in pixels of that image, "classes" (N,), "masks" (N, M, M), probabilities over t
 
 import contextlib
 import copy
+import importlib.util
 import io
 import logging
 import os
@@ -136,8 +137,15 @@ def export_predictor(
     ``model.json`` says how images are to be prepared, and what the classes are called.
 
     Returns:
-        A table of the deviations over the images; DataError if one is too large.
+        A table of the deviations over the images; DataError if one is too large, ConfigError if
+        ONNX is asked for and not installed.
     """
+    absent = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if "onnx" in formats and absent:
+        raise ConfigError(
+            f"ONNX needs what is not installed here: pip install {' '.join(absent)}, or add "
+            "--formats torchscript."
+        )
     images = [predictor.prepare(path)["image"] for path in paths]
     expected = [detect(predictor.model, image) for image in images]
     counts = [len(found["scores"]) for found in expected]

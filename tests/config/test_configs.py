@@ -232,6 +232,12 @@ def test_twice_the_schedule():
     assert twice.SOLVER.SCHEDULE_FACTOR == 1.0  # a run's config.yaml is not doubled again
 
 
+def test_a_step_that_rounding_puts_on_the_end_is_left_out(mine):
+    schedule = "SOLVER: {MAX_ITER: 4, STEPS: [2, 3], SCHEDULE_FACTOR: 0.5}\n"
+    cfg = load("glyphs_baseline", str(mine(schedule, "half.yaml")))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (2, (1,))
+
+
 def test_a_method_is_the_path_of_a_file_too(mine):
     path = mine("SEED: 5\n", "my_method.yaml")
     cfg = load("glyphs_baseline", str(path))

@@ -10,7 +10,7 @@ from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.structures import Boxes
 
 from bags_d2 import ConfigError, DataError, LongTailPredictor
-from bags_d2.engine.export import compare, detect, export_model, load_exported
+from bags_d2.engine.export import compare, detect, export_model, export_predictor, load_exported
 from benchmarks.export_parity import DETECTORS, NAMES, make_model, measure
 
 pytest.importorskip("onnxruntime")
@@ -92,6 +92,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(DataError, match="Nothing is detected"):
         export_model(model, image, tmp_path / "model.ts")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else name)
+    with pytest.raises(ConfigError, match=r"pip install onnx, or add --formats torchscript"):
+        export_predictor(None, [], tmp_path, ["torchscript", "onnx"])
 
 
 def _detections(**changes):
