@@ -80,8 +80,7 @@ def plot_weight_norms(
             x = np.maximum(counts, _NONE)
             axes.plot(x, values, color=run_color(i), linestyle="", alpha=0.8, label=label, **style)
         _class_axis(axes, counts, thresholds)
-        # Room for the legend above the points.
-        axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.08 * len(norms)))
+        axes.set_ylim(bottom=0)
 
 
 def plot_class_counts(
@@ -133,13 +132,12 @@ def plot_class_ap_change(
     position = np.maximum(counts, _NONE)
     bins = bin_index(counts, thresholds)
     bounds = [0.4, *thresholds, 2 * max(position.max(initial=1.0), *thresholds, 1)]
-    first, second = map(_label, labels)
-    title = f"AP of each class: {first} to {second}"
-    with _chart(path, title, ylabel=f"change of AP, {first} to {second} (points)") as axes:
+    title = "AP of each class: {} to {}".format(*map(_label, labels))
+    with _chart(path, title, ylabel="change of AP (points)") as axes:
         for sign, color, what in ((1, RIGHT, "better"), (-1, WRONG, "worse")):
             x, y = (values[np.sign(change) == sign] for values in (position, change))
             axes.vlines(x, 0, y, color=color, linewidth=1, alpha=0.5)
-            label = f"{what} with {second} ({len(x)} classes)"
+            label = f"{what} ({len(x)} classes)"
             axes.plot(x, y, "o" if sign > 0 else "v", color=color, markersize=4, label=label)
         axes.axhline(0, color="0.4", linewidth=0.8)
         box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
@@ -218,7 +216,7 @@ def plot_losses(
         for i, (label, history) in enumerate(histories.items()):
             if history:
                 panels[0].plot([], [], color=run_color(i), label=_label(label))
-        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+        _legend(figure)
 
 
 def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, task: str) -> None:
@@ -283,7 +281,15 @@ def _chart(
         axes.spines[["top", "right"]].set_visible(False)
         yield axes
         if legend:
-            axes.legend(frameon=False, fontsize=9)
+            _legend(figure)
+
+
+def _legend(figure) -> None:
+    """A legend above all, in as many columns as there is room for: labels may be long."""
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    columns = int(12 * figure.get_figwidth() / (6 + max(map(len, labels), default=0)))
+    place = {"loc": "outside upper left", "ncols": min(max(columns, 1), 4)}
+    figure.legend(**place, frameon=False, fontsize=9)
 
 
 def _class_axis(axes, counts: Sequence[int], thresholds: Sequence[int]) -> None:

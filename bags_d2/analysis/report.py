@@ -238,8 +238,8 @@ def _classes(
     return rows
 
 
-def _details(names: Sequence[str], seen: "_Seen", crops: dict[int, dict]) -> list[list[dict]]:
-    """For each class, what each run confuses it with, and its crops if there is room for them."""
+def _details(names: Sequence[str], seen: "_Seen", crops: dict[int, dict]) -> list[list[tuple]]:
+    """For each class each run's label, what it confuses it with, and its crops; [] if nothing."""
     details = [[] for _ in names]
     for label, counts in seen.confusions.items():
         taken_for, taken_for_it = ([[] for _ in names] for _ in range(2))
@@ -249,8 +249,9 @@ def _details(names: Sequence[str], seen: "_Seen", crops: dict[int, dict]) -> lis
         for i, of_class in enumerate(details):
             worst = (", ".join(x[i][:_CONFUSIONS_PER_CLASS]) for x in (taken_for, taken_for_it))
             row = dict(zip(("taken_for", "taken_for_it"), worst, strict=True))
-            of_class.append({**row, "label": label, "crops": crops.get(i, {}).get(label)})
-    return details
+            of_class.append({**row, "crops": crops.get(i, {}).get(label)})
+    labelled = [list(zip(seen.confusions, of_class, strict=True)) for of_class in details]
+    return [rows if any(any(row.values()) for _, row in rows) else [] for rows in labelled]
 
 
 def _worst_confusions(run: EvaluatedRun, names: Sequence[str], seen: "_Seen") -> list[tuple]:

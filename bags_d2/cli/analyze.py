@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--counts", metavar="FILE", help="a JSON list of counts, or {class name: count}"
     )
     parser.add_argument(
-        "--thresholds", type=int, nargs="*", default=[10, 100, 1000], help="bin edges"
+        "--thresholds", type=int, nargs="*", help="bin edges; default: the config's, or 10 100 1000"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("output/classifier"), help="folder to write to"
@@ -47,12 +47,17 @@ def run(args: argparse.Namespace) -> None:
     )
     from ..data.class_statistics import ClassStatistics, read_class_counts
     from ..engine import setup_cfg
+    from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS
 
     checkpoints = read_labelled_checkpoints(args.checkpoint)
+    thresholds = args.thresholds
     if args.config_file:
-        classes = ClassStatistics.from_training_set(setup_cfg(args), tolerated=())
+        cfg = setup_cfg(args)
+        classes = ClassStatistics.from_training_set(cfg, tolerated=())
+        thresholds = cfg.MODEL.BAGS.GROUP_THRESHOLDS if thresholds is None else thresholds
     else:
         counts = read_class_counts(args.counts).tolist() if args.counts else None
         classes = known_classes(checkpoints.values(), counts)
-    table = write_weight_norms(checkpoints, classes, args.thresholds, args.output)
+    thresholds = DEFAULT_COUNT_THRESHOLDS if thresholds is None else thresholds
+    table = write_weight_norms(checkpoints, classes, thresholds, args.output)
     print(f"{table}\nweight_norms.png and .csv are in {args.output}.")
