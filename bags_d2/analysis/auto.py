@@ -23,7 +23,14 @@ from ..data.formats import FOLDER_KINDS, Row, find_dataset, read_row
 from ..data.formats.split import split_dataset
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError
-from ..utils.files import content_hash, load_json, require_file, write_atomically, write_json
+from ..utils.files import (
+    content_hash,
+    load_json,
+    local_path,
+    require_file,
+    write_atomically,
+    write_json,
+)
 from ..utils.settings import first_difference
 from .grouping import choose_thresholds
 
@@ -41,13 +48,16 @@ class Plan:
     origin: dict[str, str]  # what all of it follows from
     files: dict[Path, str]  # content by path, the config first
     commands: list[list[str]]  # of bags-d2
+    weights: str  # that training starts from
 
     def write(self) -> None:
         """Write the files that are not there yet; the config may have been edited since.
 
         Raises:
             ConfigError: if the folder holds a plan that follows from something else.
+            MissingFileError: if the weights cannot be downloaded.
         """
+        local_path(self.weights, "--weights")
         path = self.folder / "auto.json"
         found = load_json(path) if path.exists() else None
         if found is not None and (difference := first_difference(found, self.origin)):
@@ -121,7 +131,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ["compare", *reads, *writes, "--output", str(folder)],
         ["report", *runs, *shows, "--output", str(folder / "report.html")],
     ]
-    return Plan(folder, origin, {config: text, **files}, commands)
+    weights = given.get("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+    return Plan(folder, origin, {config: text, **files}, commands, weights)
 
 
 def choose_settings(

@@ -214,7 +214,10 @@ def test_formats_agree_and_the_commands_shown_do_the_same_by_hand(mine, tmp_path
             folder = out / method / "seed1" / "inference"
             (path,) = folder.glob("*/coco_instances_results.json")
             rows = [(r["category_id"], r["score"], *r["bbox"]) for r in load_json(path)]
-            found[kind] += [load_json(folder / "results.json"), np.array(rows)]
+            measures = load_json(folder / "results.json")["bbox"]
+            for size in "sml":  # by areas, which not all formats have
+                del measures[f"AP{size}"]
+            found[kind] += [measures, np.array(rows)]
         assert "crt+cosine" in (out / "comparison.md").read_text()
         assert "crt+cosine" in (out / "report.html").read_text()
     for kind in ("yolo", "voc"):
@@ -224,7 +227,7 @@ def test_formats_agree_and_the_commands_shown_do_the_same_by_hand(mine, tmp_path
                 np.testing.assert_allclose(own[:, 1:], other[:, 1:], rtol=1e-4, atol=1e-4)
             else:
                 assert own == other
-    assert found["coco"][2]["bbox"]["AP"] > 0
+    assert found["coco"][2]["AP"] > 0
 
 
 @pytest.mark.slow
