@@ -70,7 +70,7 @@ def get_checkpoint(config_path: str) -> str:
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode:
-    """A config, as a CfgNode or the DictConfig of a LazyConfig (``.py``).
+    """A config, as a CfgNode or the DictConfig of a LazyConfig's file (``.py``).
 
     Args:
         config_path: relative to ``configs/``.
@@ -78,7 +78,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     """
     path = get_config_file(config_path)
     weights = get_checkpoint(config_path) if trained else None
-    if path.endswith(".py"):
+    if path.endswith(".py") and os.path.isfile(path):
         lazy = LazyConfig.load(path)
         if weights:
             lazy.train.init_checkpoint = weights
