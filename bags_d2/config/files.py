@@ -143,10 +143,7 @@ def read_config_file(
 
 
 def merge_config_file(
-    cfg: CfgNode,
-    path: str | os.PathLike,
-    method: str | None = None,
-    overrides: Sequence[str] = (),
+    cfg: CfgNode, path: str | os.PathLike, method: str | None = None, overrides: Sequence[str] = ()
 ) -> None:
     """``cfg.merge_from_file`` for what :func:`read_config_file` returns.
 
