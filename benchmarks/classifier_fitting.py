@@ -32,13 +32,9 @@ from bags_d2.fitting.cache import (
     plan_shards,
     write_shard,
 )
-from bags_d2.fitting.extract import (
-    box_stages,
-    extract_features,
-    load_frozen_detector,
-    roi_features,
-)
+from bags_d2.fitting.extract import extract_features, load_frozen_detector, roi_features
 from bags_d2.fitting.train import ClassifierLoss, cached_batches, fit_classifier
+from bags_d2.modeling.roi_heads import box_stages
 from bags_d2.utils.files import write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 from bags_d2.errors import ConfigError, DataError, MissingFileError, exit_on_user_error
 from bags_d2.utils.files import load_json, write_atomically
+from bags_d2.utils.quiet import silence_dependencies
 
 logger = logging.getLogger(__name__)
 
@@ -616,6 +617,8 @@ def _is_built(folder: Path, stamp: dict) -> bool:
         DataError: it holds something else.
     """
     if not folder.exists():
+        if folder.is_symlink():  # no finished set could be moved to its place
+            raise DataError(f"{folder} is a link to nothing; remove it or create its target.")
         return False
     try:
         found = load_json(folder / "glyphs.json")
@@ -697,6 +700,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, help="default: one per processor")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
+    silence_dependencies()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = build_glyphs(
         args.preset,

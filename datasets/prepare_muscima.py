@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bags_d2.errors import DataError, MissingFileError, exit_on_user_error
 from bags_d2.utils.files import write_atomically, write_json
+from bags_d2.utils.quiet import silence_dependencies
 
 ANNOTATIONS = Path("v1.0", "data", "cropobjects_withstaff")
 # The staff is paper rather than symbols; its lines are drawn all the same.
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="default: %(default)s",
     )
     args = parser.parse_args(argv)
+    silence_dependencies()
     build(args.source, args.output)
 
 

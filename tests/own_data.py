@@ -55,6 +55,15 @@ def build(folder, seed=0):
         (folder / f"{split}.json").write_text(json.dumps(content))
 
 
+def build_one_class(folder, name):
+    """Images of which the gears alone are annotated, under another name."""
+    build(folder, seed=1)
+    content = json.loads((folder / "train.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 7]
+    content["categories"] = [{"id": 7, "name": name}]
+    (folder / "train.json").write_text(json.dumps(content))
+
+
 def _draw(picture, category, quadrant, rng):
     """A regular polygon in a quarter of the picture; sides and colour follow the class."""
     index = list(NAMES).index(category)

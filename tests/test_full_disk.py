@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import bags_d2, run_command
+from commands import bags_d2_here, run_command
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full(checkpoint, tmp_path):
     try:
         output = disk / "model.pth"
         output.write_text(BEFORE)
-        done = bags_d2("publish", checkpoint, output)
+        done = bags_d2_here("publish", checkpoint, output)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert "model.pth' could not be written (No space left on device); free" in done.stderr

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 BLOCKED = """
 import sys
 
@@ -45,28 +43,41 @@ def test_groups_and_their_loss_need_torch_alone():
     )
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        "from bags_d2 import BAGSTrainer",
-        "from bags_d2 import build_box_predictor",
-        "import bags_d2.modeling; bags_d2.modeling.LongTailROIHeads",
-        "from bags_d2.config import add_bags_config; from detectron2.config import get_cfg\n"
-        "add_bags_config(get_cfg())",
-    ],
-)
-def test_using_another_name_registers_heads_predictors_and_data_sets(use):
-    sets = "" if "modeling" in use else "assert 'glyphs_train' in DatasetCatalog"
-    done = python(f"{use}\n{REGISTERED}\n{sets}")
-    assert done.returncode == 0, done.stderr
+USES = [
+    "from bags_d2 import BAGSTrainer",
+    "from bags_d2 import build_box_predictor",
+    "import bags_d2.modeling; bags_d2.modeling.LongTailROIHeads",
+    "from bags_d2.config import add_bags_config; from detectron2.config import get_cfg\n"
+    "add_bags_config(get_cfg())",
+]
+NAMES = """
+import bags_d2, bags_d2.modeling as m
+assert set(bags_d2.__all__) <= set(dir(bags_d2))
+from bags_d2 import *; from bags_d2.modeling import *
+assert m.ClassGroups is ClassGroups and not hasattr(bags_d2, "nothing")
+assert not hasattr(m, "nothing")
+"""
 
 
-def test_all_names_are_there_and_no_others():
+def test_a_first_use_registers_heads_predictors_and_data_sets_and_all_names_are_there():
+    """Each in a fork of an interpreter that has imported Detectron2, which takes seconds."""
+    cases = [NAMES]
+    for use in USES:
+        sets = "" if "modeling" in use else "assert 'glyphs_train' in DatasetCatalog"
+        cases.append(f"{use}\n{REGISTERED}\n{sets}")
     done = python(
-        "import bags_d2, bags_d2.modeling as m\n"
-        "assert set(bags_d2.__all__) <= set(dir(bags_d2))\n"
-        "from bags_d2 import *; from bags_d2.modeling import *\n"
-        "assert m.ClassGroups is ClassGroups and not hasattr(bags_d2, 'nothing')\n"
-        "assert not hasattr(m, 'nothing')"
+        "import os, sys, traceback\n"
+        "import detectron2.data, detectron2.engine, detectron2.evaluation, detectron2.modeling\n"
+        f"for case in {cases!r}:\n"
+        "    if child := os.fork():\n"
+        "        status = os.waitpid(child, 0)[1]\n"
+        "        if status: sys.exit(case)\n"
+        "        continue\n"
+        "    try:\n"
+        "        assert 'bags_d2' not in sys.modules\n"
+        "        exec(case, {})\n"
+        "        os._exit(0)\n"
+        "    except BaseException: traceback.print_exc()\n"
+        "    os._exit(1)\n"
     )
     assert done.returncode == 0, done.stderr

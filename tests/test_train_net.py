@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, launch
 
-from bags_d2 import BAGSTrainer, ConfigError
+from bags_d2 import BAGSTrainer, ConfigError, cli
 from bags_d2.data import register_lvis_format
 from bags_d2.engine import setup_cfg, training
 from bags_d2.utils.files import FolderInUseError, lock_folder
@@ -35,11 +37,11 @@ BAGS = (
 )
 
 
-@pytest.fixture
-def tiny(datasets_root, request):
+@pytest.fixture(scope="module")
+def tiny(datasets_root):
     """Registers the tiny set under names of its own and gives the options that select it."""
     folder = datasets_root / "glyphs_tiny"
-    names = [f"tiny_{request.node.name}_{split}" for split in ("train", "val")]
+    names = ["train_net_train", "train_net_val"]
     for name, split in zip(names, ("train", "val"), strict=True):
         register_lvis_format(
             name, str(folder / "annotations" / f"glyphs_tiny_{split}.json"), str(folder)
@@ -74,11 +76,14 @@ def weights_of(folder, name="model_final.pth"):
     return torch.load(Path(folder) / name, weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    ["faster", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v != "faster")],
+)
 def test_both_stages_train_and_evaluate(variant, tiny, tmp_path, messages):
     stage1, stage2 = str(tmp_path / "stage1"), str(tmp_path / "stage2")
     common = (*tiny, *VARIANTS[variant])
-    run(*common, "OUTPUT_DIR", stage1)
+    run(*common, "OUTPUT_DIR", stage1, "DATASETS.TEST", "()")
     num_before = len(messages())
     run(*common, *BAGS, "OUTPUT_DIR", stage2, "MODEL.WEIGHTS", f"{stage1}/model_final.pth")
 
@@ -103,11 +108,11 @@ def test_both_stages_train_and_evaluate(variant, tiny, tmp_path, messages):
     assert list((Path(stage2) / "inference").glob("*/per_class_bbox.csv"))
 
 
-@pytest.fixture
-def trained_bags(tiny, tmp_path):
-    folder = tmp_path / "trained"
-    stage1 = tmp_path / "stage1"
-    run(*tiny, "OUTPUT_DIR", str(stage1), "SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(50,)")
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    folder, stage1 = (tmp_path_factory.mktemp(name) for name in ("trained", "stage1"))
+    steps = ("SOLVER.MAX_ITER", "60", "SOLVER.STEPS", "(50,)", "DATASETS.TEST", "()")
+    run(*tiny, "OUTPUT_DIR", str(stage1), *steps)
     run(
         *tiny,
         *BAGS,
@@ -115,6 +120,12 @@ def trained_bags(tiny, tmp_path):
         *("SOLVER.MAX_ITER", "20", "SOLVER.CHECKPOINT_PERIOD", "10"),
     )
     return folder
+
+
+@pytest.fixture
+def trained_bags(trained, tmp_path):
+    """A copy of the folder of a trained BAGS."""
+    return shutil.copytree(trained, tmp_path / "trained")
 
 
 def test_eval_only_needs_no_training_annotations(trained_bags, tiny, tmp_path, datasets_root):
@@ -238,18 +249,20 @@ def test_two_processes_end_with_equal_parameters(datasets_root, tmp_path, monkey
         (["--config-file", "configs/glyphs_bags.yaml", "MODEL.BAGS.NO_KEY", "1"], ["NO_KEY"]),
     ],
 )
-def test_a_mistake_ends_in_one_sentence(options, expected, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train_net.py", *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
-    )
-    assert done.returncode != 0
+def test_a_mistake_ends_in_one_sentence(options, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without data sets
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *options])
+    assert re.match("Error: [^\n]*$", ended.value.code)
+    assert all(part in ended.value.code for part in expected), ended.value.code
+
+
+def test_train_net_is_the_command_train():
+    command = [sys.executable, "train_net.py", "--config-file", "configs/absent.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: 'configs/absent.yaml' does not exist")
     assert "Traceback" not in done.stderr
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
-    assert all(part in message for part in expected), message
 
 
 def test_two_trainings_in_one_folder(trained_bags, tiny):

@@ -17,6 +17,8 @@ from .plots import plot_methods
 __all__ = ["MEASURES", "add_intervals", "interval_table", "summarize", "write_comparison"]
 
 MEASURES = ("AP", "AP50", "AP1", "AP2", "AP3", "AP4", "bAP", "APr", "APc", "APf")
+_FIXED = ("AP-fixed", "bAP-fixed")  # where TEST.LVIS_AP_FIXED is set
+_ALL = (*MEASURES, *_FIXED)
 
 
 def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
@@ -45,7 +47,7 @@ def summarize(runs: Iterable[MethodRun], task: str = "bbox") -> list[dict]:
                 "trained": of_method[0].trained,
                 "seeds": sorted(run.seed for run in of_method),
                 "seconds": _mean_and_std(run.seconds for run in of_method)["mean"],
-                **{name: _mean_and_std(found[name] for found in measures) for name in MEASURES},
+                **{name: _mean_and_std(found[name] for found in measures) for name in _ALL},
                 "gain": _mean_and_std(
                     own - other for own, other in pairs if None not in (own, other)
                 ),
@@ -115,16 +117,17 @@ def write_comparison(
         The table as Markdown, under its title.
     """
     rows = summarize(runs, task)
+    shown = [name for name in (*_ALL, "gain") if any(row[name]["mean"] is not None for row in rows)]
     table = tabulate(
         [
             [
                 *(row["method"], row["trained"], len(row["seeds"])),
-                *(_cell(row[name]) for name in (*MEASURES, "gain")),
+                *(_cell(row[name]) for name in shown),
                 "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
             ]
             for row in rows
         ],
-        headers=["method", "trained", "seeds", *MEASURES, "gain", "minutes"],
+        headers=["method", "trained", "seeds", *shown, "minutes"],
         tablefmt="github",
         disable_numparse=True,
     )
@@ -145,7 +148,7 @@ def write_comparison(
     with write_atomically(output / "comparison.md") as file:
         file.write(text)
     write_json(output / "comparison.json", rows)
-    header = ("method", "trained", "seed", *MEASURES, "seconds")
+    header = ("method", "trained", "seed", *_ALL, "seconds")
     lines = (
         (run.method, run.trained, run.seed, *_measures(run, task).values(), run.seconds)
         for run in sorted(runs, key=lambda run: (run.method, run.seed))
@@ -163,7 +166,9 @@ def _measures(run: MethodRun, task: str) -> dict[str, float | None]:
             f"'{run.results_file}' has no measures of --task {task}, only {', '.join(results)}; "
             "set MODEL.MASK_ON for masks, and one data set in DATASETS.TEST."
         )
+    fixed = results.get(f"{task}_fixed") or {}
     measures = {name: measures.get(name) for name in MEASURES}
+    measures |= {name: fixed.get(name.removesuffix("-fixed")) for name in _FIXED}
     if not all(isinstance(value, int | float | None) for value in measures.values()):
         raise DataError(f"'{run.results_file}' must hold numbers; delete it, and compare again.")
     return measures

@@ -5,29 +5,31 @@ which trains classifiers alone, ``bags-d2 fit``.
 """
 
 import os
-import shlex
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
+from torchvision.ops import nms
 
 from .. import model_zoo
 from ..data.images import read_image
 from ..errors import BagsError
-from ..utils.files import load_json, lock_folder, write_atomically, write_json
+from ..utils.files import load_json, lock_folder, write_json
 from ..utils.processes import bags_d2_command, run_logged
 from .comparison import MEASURES
-from .detections import corners, group_by, label_detections
+from .detections import corners, group_by, label_detections, winning_classes
 from .drawing import draw_boxes, grid
+from .media import write_image
 from .palette import RIGHT, TRUTH, WRONG
 from .plots import plot_ap_bins, plot_weight_norms
 from .report import all_weight_norms
-from .runs import EvaluatedRun, read_ground_truth, read_run
+from .runs import EvaluatedRun, objects_of, read_ground_truth, read_run
 
 __all__ = ["draw_comparison", "report_demo", "run_demo"]
 
@@ -40,6 +42,7 @@ _LABELS = {
     "bags_joint": "BAGS, joint merge, images by class",
     "crt+cosine": "cRT, cosine classifier (recommended)",
 }
+_DRAWN = ("bags", "crt+cosine")  # beside softmax, in the pictures
 _RARE = 10  # training instances: classes with fewer are drawn thick
 _MIN_SCORE = 0.3
 
@@ -88,9 +91,8 @@ def run_demo(output: Path, seed: int = 1, from_scratch: bool = False, online: bo
 
 
 def _run(command: str, output_dir: Path, *options: str) -> float:
-    """Run a command, show its progress, and return the seconds that it took."""
+    """Run a command, and return the seconds that it took."""
     words = [command, "--config-file", _CONFIG, *options, "OUTPUT_DIR", str(output_dir)]
-    print(f"\n$ bags-d2 {shlex.join(words)}", flush=True)
     return run_logged(bags_d2_command(*words), output_dir / "console.txt")
 
 
@@ -106,18 +108,18 @@ def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
     """
     runs = [read_run(output / name, label) for name, label in _LABELS.items()]
     measures = {run.label: run.measures for run in runs}
-    record = {name: {"bbox": dict(run.measures)} for name, run in zip(_LABELS, runs, strict=True)}
+    record = {name: {"bbox": run.measures} for name, run in zip(_LABELS, runs, strict=True)}
     record["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(output / "results.json", record)
-    title = "Box AP by training frequency (glyphs)"
-    plot_ap_bins(measures, output / "ap_per_bin.png", title=title)
+    plot_ap_bins(measures, output / "ap_per_bin.png", title="Box AP by training frequency (glyphs)")
     title = "What the long tail does to the classifier (glyphs)"
-    counts, path = runs[0].training_instances, output / "weight_norms.png"
-    plot_weight_norms(all_weight_norms(runs), counts, path, title=title)
+    norms, counts = all_weight_norms(runs), runs[0].training_instances
+    plot_weight_norms(norms, counts, output / "weight_norms.png", title=title)
     categories = load_json(MetadataCatalog.get(runs[0].dataset).json_file)["categories"]
     # The third word of "the character Б (U+0411)".
     characters = {category["id"]: category["def"].split()[2] for category in categories}
-    draw_comparison(runs, characters, output / "pictures.png")
+    shown = [runs[0], *(run for run in runs if run.label in map(_LABELS.get, _DRAWN))]
+    draw_comparison(shown, characters, output / "pictures.png")
     table = tabulate(
         [[name, *map(values.get, MEASURES)] for name, values in measures.items()],
         headers=["", *MEASURES],
@@ -135,42 +137,51 @@ def report_demo(output: Path, seconds: Mapping[str, float]) -> str:
 def draw_comparison(
     runs: Sequence[EvaluatedRun], class_labels: Mapping[int, str], path: Path, rows: int = 4
 ) -> None:
-    """Draw the images with the most objects of rare classes: the truth, then each run's detections.
+    """Draw the truth, and what each run makes of it, on the images where rare classes gain most.
 
-    ``class_labels``, by category id, are what to write on boxes; each of ``rows`` is one image.
+    These are the images with the most objects of rare classes that the runs after the first name
+    right, on average, beyond those that the first does; among equals, with the most objects. Of
+    detections that overlap, the one that scores highest is drawn.
+
+    Args:
+        class_labels: what to write on boxes, by category id.
+        rows: images.
     """
-    rare = {category for category, count in runs[0].count_of.items() if count < _RARE}
-    truth = read_ground_truth(runs[0])
-    found = [
-        group_by((d for d in run.detections() if d["score"] >= _MIN_SCORE), "image_id")
-        for run in runs
-    ]
+    first, *others = runs
+    rare = {category for category, count in first.count_of.items() if count < _RARE}
+    images = read_ground_truth(first)
+    objects = objects_of(images)
+    found = [[d for d in run.detections() if d["score"] >= _MIN_SCORE] for run in runs]
+    gains = Counter()
+    for detections, weight in zip(found, [-len(others), *[1] * len(others)], strict=True):
+        for row, winner in zip(objects, winning_classes(objects, detections), strict=True):
+            if winner == (own := row["category_id"]):
+                gains[row["image_id"]] += weight * (1000 if own in rare else 1)
+    of_image = [group_by(detections, "image_id") for detections in found]
 
     def draw(pixels: np.ndarray, boxes: list[dict], colors: list[str], title, legend):
         ids = [box["category_id"] for box in boxes]
         labels, is_rare = [class_labels[i] for i in ids], [i in rare for i in ids]
         return draw_boxes(pixels, corners(boxes), labels, colors, is_rare, title, legend, 330)
 
-    def rarity(image_id) -> int:
-        return sum(a["category_id"] in rare for a in truth[image_id]["annotations"])
-
-    chosen = sorted(truth, key=rarity, reverse=True)[:rows]
     pictures = []
-    for image_id in chosen:
-        is_first, is_last = image_id == chosen[0], image_id == chosen[-1]
-        pixels = read_image(truth[image_id]["file_name"], format="RGB")
-        objects = truth[image_id]["annotations"]
+    for row, image_id in enumerate(sorted(images, key=lambda i: -gains[i])[:rows]):
+        pixels = read_image(images[image_id]["file_name"], format="RGB")
+        truth, is_last = images[image_id]["annotations"], row == min(rows, len(images)) - 1
         legend = [("object (thick: rare class)", TRUTH)] if is_last else ()
-        title = "ground truth" if is_first else ""
-        row = [draw(pixels, objects, [TRUTH] * len(objects), title, legend)]
+        drawn = [draw(pixels, truth, [TRUTH] * len(truth), "" if row else "ground truth", legend)]
         legend = [(f"right (score {_MIN_SCORE} or more)", RIGHT), ("wrong", WRONG)]
-        for run, detections in zip(runs, found, strict=True):
-            boxes = sorted(detections.get(image_id, ()), key=lambda d: -d["score"])
-            colors = [RIGHT if right else WRONG for right in label_detections(boxes, objects)]
-            title = run.label if is_first else ""
-            row.append(draw(pixels, boxes, colors, title, legend if is_last else ()))
-            legend = ()
-        pictures.append(row)
-    _, encoded = cv2.imencode(path.suffix, grid(pictures)[:, :, ::-1])
-    with write_atomically(path, "wb") as file:
-        file.write(encoded.tobytes())
+        for run, detections in zip(runs, of_image, strict=True):
+            boxes = _highest(detections.get(image_id, []))
+            colors = [RIGHT if right else WRONG for right in label_detections(boxes, truth)]
+            drawn.append(draw(pixels, boxes, colors, "" if row else run.label, legend * is_last))
+            legend = []
+        pictures.append(drawn)
+    write_image(path, grid(pictures))
+
+
+def _highest(detections: list[dict]) -> list[dict]:
+    """Detections in descending order of scores, without those that overlap a higher one."""
+    scores = torch.tensor([d["score"] for d in detections])
+    kept = nms(torch.from_numpy(corners(detections)).float(), scores, 0.5)
+    return [detections[i] for i in kept.tolist()]

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 
 from ..evaluation.bins import bin_index
 
-__all__ = ["corners", "group_by", "label_detections", "winning_groups"]
+__all__ = ["corners", "group_by", "label_detections", "winning_classes", "winning_groups"]
 
 
 def group_by(rows: Iterable[Mapping], key: str) -> dict[Hashable, list[Mapping]]:
@@ -49,19 +49,35 @@ def label_detections(
     return right
 
 
-def winning_groups(
-    objects: Iterable[Mapping],
-    detections: Iterable[Mapping],
-    training_instances: Mapping[Hashable, int],
-    thresholds: Sequence[int],
-    iou_threshold: float = 0.5,
-) -> np.ndarray:
-    """For each object, what scores highest where it is.
+def winning_classes(
+    objects: Sequence[Mapping], detections: Iterable[Mapping], iou_threshold: float = 0.5
+) -> list[Hashable | None]:
+    """For each object the class that scores highest where it is; None if nothing is there.
 
     All classes compete: of the detections that overlap an object enough, the one with the highest
     score wins (the first of equals), whatever its class.
+    """
+    found, winners = group_by(detections, "image_id"), {}
+    for image, of_image in group_by(objects, "image_id").items():
+        competitors = sorted(found.get(image, ()), key=lambda d: -d["score"])
+        names = [*(d["category_id"] for d in competitors), None]
+        is_near = _ious(competitors, of_image) >= iou_threshold
+        # The last row, which is near to all, is that of nothing.
+        is_near = np.vstack([is_near, np.ones((1, len(of_image)), bool)])
+        winners[image] = iter([names[i] for i in is_near.argmax(axis=0)])
+    return [next(winners[row["image_id"]]) for row in objects]
+
+
+def winning_groups(
+    objects: Sequence[Mapping],
+    winners: Sequence[Hashable | None],
+    training_instances: Mapping[Hashable, int],
+    thresholds: Sequence[int],
+) -> np.ndarray:
+    """How often classes of each group win over objects of each group.
 
     Args:
+        winners: of the objects, as of :func:`winning_classes`.
         training_instances: training count by category id.
         thresholds: edges of the G groups.
 
@@ -72,16 +88,11 @@ def winning_groups(
     bins = bin_index(list(training_instances.values()), thresholds)
     group_of = dict(zip(training_instances, bins.tolist(), strict=True))
     matrix = np.zeros((len(thresholds) + 1, len(thresholds) + 3), dtype=np.int64)
-    found = group_by(detections, "image_id")
-    for image, of_image in group_by(objects, "image_id").items():
-        competitors = sorted(found.get(image, ()), key=lambda d: -d["score"])
-        is_near = _ious(competitors, of_image) >= iou_threshold
-        for row, candidates in zip(of_image, is_near.T, strict=True):
-            own, column = row["category_id"], -1
-            if candidates.any():
-                winner = competitors[candidates.argmax()]["category_id"]
-                column = 0 if winner == own else 1 + group_of[winner]
-            matrix[group_of[own], column] += 1
+    for row, winner in zip(objects, winners, strict=True):
+        own, column = row["category_id"], -1
+        if winner is not None:
+            column = 0 if winner == own else 1 + group_of[winner]
+        matrix[group_of[own], column] += 1
     return matrix
 
 

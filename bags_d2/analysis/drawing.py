@@ -24,10 +24,9 @@ _LONGEST_LABEL = 26  # characters
 _UNCOUNTED = 3  # the colour of frequent classes
 
 
-def best_instances(instances: Instances, top: int, min_score: float = 0.0) -> Instances:
-    """The highest-scored instances, best first: at most ``top``, none below ``min_score``."""
-    best = instances[instances.scores.argsort(descending=True, stable=True)[:top]]
-    return best[best.scores >= min_score]
+def best_instances(instances: Instances, top: int) -> Instances:
+    """At most ``top`` instances, those of the highest scores, best first."""
+    return instances[instances.scores.argsort(descending=True, stable=True)[:top]]
 
 
 def draw_instances(

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from tabulate import tabulate
 
-from ..evaluation.bins import bin_index
+from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, bin_index
 
 __all__ = [
     "GroupSummary",
     "bin_names",
+    "choose_thresholds",
     "describe_groups",
     "grouping_faults",
     "propose_thresholds",
@@ -101,6 +102,12 @@ def propose_thresholds(counts: Sequence[int], max_groups: int = 4) -> tuple[int,
         if edges or most <= 3 * rarest:
             break
     return tuple(edges)
+
+
+def choose_thresholds(counts: Sequence[int]) -> tuple[int, ...]:
+    """The paper's edges 10, 100 and 1000 where nothing is odd about them, else those proposed."""
+    faults = grouping_faults(counts, DEFAULT_COUNT_THRESHOLDS)
+    return propose_thresholds(counts) if faults else DEFAULT_COUNT_THRESHOLDS
 
 
 def describe_groups(

@@ -62,11 +62,10 @@ class Artist:
             instances = predictor(image)["instances"].to("cpu")
             best = best_instances(instances, self.top)
             title = f"{name}: {len(best)} of {len(instances)} detections"
-            pictures.append(
-                draw_instances(
-                    image[:, :, ::-1], best, predictor.class_names, predictor.class_counts, title
-                )
-            )
+            names, counts = predictor.class_names, predictor.class_counts
+            edges = predictor.cfg.MODEL.BAGS.GROUP_THRESHOLDS
+            pixels = image[:, :, ::-1]
+            pictures.append(draw_instances(pixels, best, names, counts, title, thresholds=edges))
         return grid([pictures])
 
 
@@ -193,28 +192,24 @@ def draw_video(artist: Artist, source: Path | int, output: Path | None) -> None:
 @contextlib.contextmanager
 def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
     """A function that appends a picture to a video, which has its name once it is whole."""
-    count = 0
+    writer = cv2.VideoWriter()
     with tempfile.TemporaryDirectory() as folder:
         partial = Path(folder) / f"video{path.suffix}"
-        writer = cv2.VideoWriter()
 
         def write(picture: np.ndarray) -> None:
-            nonlocal count
             # Codecs want even sides.
-            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
-            if count == 0:
+            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2, ::-1]
+            if not writer.isOpened():
                 codec = cv2.VideoWriter.fourcc(*"mp4v")
-                writer.open(str(partial), codec, rate, picture.shape[1::-1])
-                if not writer.isOpened():
+                if not writer.open(str(partial), codec, rate, picture.shape[1::-1]):
                     raise DataError(f"--output '{path}' cannot be written; name an .mp4 file.")
-            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
-            count += 1
+            writer.write(np.ascontiguousarray(picture))
 
         try:
             yield write
         finally:
             writer.release()
-        if count == 0:
+        if not partial.exists():
             raise DataError(f"--output '{path}' is not written, as the video has no frame.")
         # OpenCV says nothing of a full disk, and leaves what cannot be opened.
         if not cv2.VideoCapture(str(partial)).isOpened():
@@ -224,11 +219,10 @@ def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], Non
 
 
 def frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        found, frame = video.read()
-        if not found:
-            return
+    found, frame = video.read()
+    while found:
         yield frame
+        found, frame = video.read()
 
 
 def show(picture: np.ndarray, wait_ms: int) -> bool:

@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -212,17 +211,21 @@ class Comparison:
         self._data = _data_record((*self._base.DATASETS.TRAIN, *self._base.DATASETS.TEST))
 
     def methods(self) -> list[str]:
-        """The methods of ``configs/methods`` that leave detector and data as they are.
+        """The methods of ``configs/methods`` that need no more than the baseline's box features.
 
-        A classifier for training the whole detector can also be trained alone, in stage 2.
+        Of a classifier that is meant for training the whole detector, it is its training alone, in
+        stage 2 ("seesaw_classifier").
         """
         methods = []
         for name in list_methods():
             cfg = self._read(name)
-            if self._is_comparable(cfg):
-                predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
-                changed = predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME
-                methods += [name, f"{name}_classifier"][: 1 + (changed and not cfg.STAGE2.ENABLED)]
+            if not self._is_comparable(cfg):
+                continue
+            predictor = cfg.MODEL.ROI_BOX_PREDICTOR.NAME
+            if cfg.STAGE2.ENABLED and _kind_of(cfg)[0] is not Kind.TRAIN:
+                methods.append(name)
+            elif not cfg.STAGE2.ENABLED and predictor != self._base.MODEL.ROI_BOX_PREDICTOR.NAME:
+                methods.append(f"{name}_classifier")
         softmax = self._base.MODEL.ROI_BOX_PREDICTOR.NAME == "FastRCNNOutputLayers"
         softmax &= not self._base.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
         return [BASELINE, *sorted([*methods, *(TRANSFORMS if softmax else ())])]
@@ -239,7 +242,7 @@ class Comparison:
         for name in filter(None, map(str.strip, names.split(","))):
             chosen += list_methods(ablations=True) if name == "ablations" else [name]
         if not chosen:
-            raise ConfigError(f"--methods names none; there are {', '.join(self.methods())}.")
+            raise ConfigError(f"--methods names none, such as {', '.join(self.methods())}.")
         return list(dict.fromkeys([BASELINE, *chosen]))
 
     def run(self, method: str, seed: int) -> MethodRun:
@@ -426,8 +429,7 @@ def _data_record(names: Sequence[str]) -> dict[str, str]:
                 raise MissingFileError(missing_dataset_message(name, metadata.json_file))
             record[f"annotation file of {name}"] = content_hash(metadata.json_file)[:16]
         elif (annotations := dataset_annotations(name)) is not None:
-            read = json.dumps([annotations.names, annotations.records("")], default=list)
-            record[f"annotations of {name}"] = hashlib.sha256(read.encode()).hexdigest()[:16]
+            record[f"annotations of {name}"] = annotations.digest()
         digest, root = hashlib.sha256(), metadata.get("image_root")
         for path in sorted(r["file_name"] for r in DatasetCatalog.get(name)):
             found = os.stat(path) if os.path.isfile(path) else None

@@ -6,6 +6,7 @@ Shapes: K classes, G groups. ``path`` is the picture to write (its suffix gives 
 
 import contextlib
 import io
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -187,15 +188,24 @@ def plot_losses(
 
     Args:
         histories: for each run, for each loss its value by iteration; {} if it logged none.
+
+    Raises:
+        ConfigError: if there are no losses.
     """
-    names = sorted({name for history in histories.values() for name in history})
-    names.sort(key=lambda name: (name.startswith("bags/"), name != "total_loss"))
-    names = names[:_SHOWN_LOSSES]
+    names = sorted(
+        {name for history in histories.values() for name in history},
+        key=lambda name: (name.startswith("bags/"), name != "total_loss", name),
+    )[:_SHOWN_LOSSES]
+    if not names:
+        raise ConfigError("no run has a metrics.json with losses; evaluation writes none.")
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     with _figure(path, 4 * columns, 0.6 + 2.4 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, name in zip(panels, names, strict=False):
+        for axes, name in itertools.zip_longest(panels, names):
+            if name is None:
+                axes.set_visible(False)
+                continue
             for i, history in enumerate(histories.values()):
                 if name in history:
                     x, y = _thinned(np.array(sorted(history[name].items()))).T
@@ -205,14 +215,10 @@ def plot_losses(
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             axes.set_xlabel("iteration", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
-        for axes in panels[len(names) :]:
-            axes.set_visible(False)
-        handles = [
-            axes.plot([], [], color=run_color(i), label=_label(label))[0]
-            for i, (label, history) in enumerate(histories.items())
-            if history
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+        for i, (label, history) in enumerate(histories.items()):
+            if history:
+                panels[0].plot([], [], color=run_color(i), label=_label(label))
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
 
 
 def plot_methods(rows: Sequence[Mapping], path: str | Path, title: str, task: str) -> None:
@@ -306,8 +312,10 @@ def _thinned(points: np.ndarray) -> np.ndarray:
 def _running_median(values: np.ndarray) -> np.ndarray:
     """Median over the twentieth of the values around each."""
     half = max(len(values) // 40, 1)
-    windows = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
-    return np.array([np.median(window) for window in windows])
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(values, half, constant_values=np.nan), 2 * half + 1
+    )
+    return np.nanmedian(windows, axis=1)
 
 
 def _ap_label(task: str) -> str:

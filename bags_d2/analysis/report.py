@@ -2,9 +2,10 @@
 
 import datetime
 import math
-import reprlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..utils.files import write_atomically
 from ..utils.text import printable
 from .classifier import class_weight_norms
 from .crops import Crop, choose_crops, cut_crops
-from .detections import group_by, winning_groups
+from .detections import group_by, winning_classes, winning_groups
 from .grouping import bin_names
 from .plots import (
     plot_ap_bins,
@@ -33,14 +34,18 @@ from .runs import (
     configured_thresholds,
     flat_items,
     loss_history,
+    objects_of,
     read_ground_truth,
 )
 
-__all__ = ["all_weight_norms", "all_winning_groups", "write_html_report"]
+__all__ = ["all_weight_norms", "write_html_report"]
 
 _MEASURES = ("AP", "AP50", "AP75")
 _FREQUENCIES = ("APr", "APc", "APf")
 _CROPS_PER_KIND = 4
+_CONFUSIONS_PER_CLASS = 3
+_CONFUSIONS = 15
+_DOUBTFUL = 24
 _MOST_KEYS = 1000  # of a config; real ones have some hundred
 
 
@@ -70,14 +75,27 @@ def write_html_report(
         thresholds = configured_thresholds(runs)
     first, last, is_comparison = runs[0], runs[-1], len(runs) > 1
     bins = {run.label: run.bin_measures(thresholds) for run in runs}
-    crops, pictures, crops_note = _crops(runs, max_crops)
-    template = Environment(
+    try:
+        seen = _see(runs)
+    except (BagsError, OSError) as error:
+        seen = _Seen(absent=str(error))
+    names = [
+        printable(name) or f"class {category}"
+        for name, category in zip(first.names, first.category_ids, strict=True)
+    ]
+    labels = _doubtful_labels(runs, seen)
+    shown, crops_note = _limited(runs, seen, max_crops - len(labels["cards"]))
+    crops = {c for of_runs in shown.values() for of in of_runs.values() for c in of}
+    pictures = cut_crops([*crops, *(card["crop"] for card in labels["cards"])], seen.images)
+    if crops and not pictures:
+        crops_note = f"No crops: the images of '{first.dataset}' cannot be read here."
+    environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html")
-    html = template.render(
+    )
+    html = environment.get_template("report.html").render(
         title=f"{', '.join(run.label for run in runs)} on {first.dataset}",
         is_comparison=is_comparison,
         dataset=first.dataset,
@@ -86,13 +104,16 @@ def write_html_report(
         bins=bin_names(thresholds),
         **_measures(runs, bins),
         config=_config(runs),
-        charts=_charts(runs, bins, thresholds),
+        charts=_charts(runs, bins, thresholds, seen),
+        run_labels=[run.label for run in runs],
+        confusions=_worst_confusions(first, names, seen),
+        labels=labels,
         class_columns=[
             *("class", "training instances", "validation instances"),
             *(f"AP {run.label}" for run in runs),
             *([f"{last.label} - {first.label}"] if is_comparison else []),
         ],
-        classes=_classes(runs, crops),
+        classes=_classes(runs, names, seen, shown),
         pictures=pictures,
         crops_note=crops_note,
     )
@@ -115,24 +136,19 @@ def all_weight_norms(runs: Sequence[EvaluatedRun]) -> dict[str, np.ndarray]:
     return norms
 
 
-def all_winning_groups(
-    runs: Sequence[EvaluatedRun], thresholds: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """What :func:`.detections.winning_groups` counts, by label of the run."""
-    images = read_ground_truth(runs[0]).values()
-    objects = [annotation for image in images for annotation in image["annotations"]]
-    return {r.label: winning_groups(objects, r.detections(), r.count_of, thresholds) for r in runs}
-
-
 def _measures(runs: Sequence[EvaluatedRun], bins: dict[str, dict]) -> dict[str, list]:
     """Names and rows of the table of measures; AP1, AP2, ... are those of the report's bins."""
     names = [*_MEASURES, *bins[runs[0].label], *_FREQUENCIES]
     values = {r.label: [(r.measures | bins[r.label]).get(name) for name in names] for r in runs}
     columns = zip(*values.values(), strict=True)
     best = [max((v for v in column if v is not None), default=None) for column in columns]
-    shown = [i for i, value in enumerate(best) if value is not None]
+    # An empty bin is worth knowing of; a measure that no run has is not.
+    shown = [i for i, v in enumerate(best) if v is not None or names[i] in bins[runs[0].label]]
     rows = [
-        (label, [(_text(of[i], ".1f"), len(runs) > 1 and of[i] == best[i]) for i in shown])
+        (
+            label,
+            [(_text(of[i], ".1f"), len(runs) > 1 and None is not of[i] == best[i]) for i in shown],
+        )
         for label, of in values.items()
     ]
     return {"measure_names": [names[i] for i in shown], "measures": rows}
@@ -148,81 +164,103 @@ def _config(runs: Sequence[EvaluatedRun]) -> dict:
         cfg = get_cfg()
         add_bags_config(cfg)
         configs["default"] = dict(flat_items(yaml.safe_load(cfg.dump())))
-    short = reprlib.Repr()
-    short.maxlevel, short.maxlist, short.maxstring = 4, 40, 200
     rows = []
     for key in sorted(set().union(*configs.values()) - {"OUTPUT_DIR"})[:_MOST_KEYS]:
-        values = [of.get(key, "-") for of in configs.values()]
-        texts = [printable(v)[:500] if isinstance(v, str) else short.repr(v) for v in values]
+        texts = [printable(str(of.get(key, "-")))[:500] for of in configs.values()]
         if len(set(texts)) > 1:
             rows.append((printable(key), texts))
     return {"rows": rows, "columns": list(configs), "absent": "Nothing but the folder."}
 
 
 def _charts(
-    runs: Sequence[EvaluatedRun], bins: dict[str, dict], thresholds: Sequence[int]
+    runs: Sequence[EvaluatedRun], bins: dict[str, dict], edges: Sequence[int], seen: "_Seen"
 ) -> list[dict]:
-    first, last = runs[0], runs[-1]
-    counts = first.training_instances
+    """Charts as SVG, or what is missing for them."""
+    first, last, counts = runs[0], runs[-1], runs[0].training_instances
+    labels = first.label, last.label
 
-    def bars(path: Path) -> None:
-        plot_ap_bins(bins, path, thresholds, task=first.task)
+    def losses() -> dict[str, dict]:
+        return {run.label: loss_history(run.folder) for run in runs}
 
-    def norms(path: Path) -> None:
-        plot_weight_norms(all_weight_norms(runs), counts, path, thresholds)
+    def winners() -> dict[str, np.ndarray]:
+        if seen.absent:
+            raise ConfigError(seen.absent)
+        ends = runs[:1] if first is last else (first, last)
+        of = {run.label: seen.winners[run.label] for run in ends}
+        return {
+            label: winning_groups(seen.objects, of[label], first.count_of, edges) for label in of
+        }
 
-    def change(path: Path) -> None:
-        labels = first.label, last.label
-        plot_class_ap_change(counts, first.ap, last.ap, labels, path, thresholds)
-
-    def winners(path: Path) -> None:
-        ends = [first] if first is last else [first, last]
-        plot_winning_groups(all_winning_groups(ends, thresholds), thresholds, path)
-
-    def losses(path: Path) -> None:
-        histories = {run.label: loss_history(run.folder) for run in runs}
-        if not any(histories.values()):
-            raise ConfigError("no run has a metrics.json with losses; evaluation writes none.")
-        plot_losses(histories, path)
-
+    change = f"AP of each class, {first.label} to {last.label}"
+    plots = {
+        "AP by training instances": lambda p: plot_ap_bins(bins, p, edges, task=first.task),
+        "Classifier weights": lambda p: plot_weight_norms(all_weight_norms(runs), counts, p, edges),
+        change: lambda p: plot_class_ap_change(counts, first.ap, last.ap, labels, p, edges),
+        "What scores highest where an object is, by groups of training instances": (
+            lambda p: plot_winning_groups(winners(), edges, p)
+        ),
+        "Losses in training": lambda p: plot_losses(
+            {r.label: loss_history(r.folder) for r in runs}, p
+        ),
+    }
+    if first is last:
+        del plots[change]
     charts = []
-    if first.is_counted:
-        charts += [_chart("AP by training instances", bars), _chart("Classifier weights", norms)]
-        if len(runs) > 1:
-            caption = f"AP of each class, {first.label} to {last.label}"
-            charts.append(_chart(caption, change, wide=True))
-        caption = "What scores highest where an object is, by groups of training instances"
-        charts.append(_chart(caption, winners, wide=True))
-    return [*charts, _chart("Losses in training", losses, wide=True)]
-
-
-def _chart(caption: str, draw: Callable[[Path], None], wide: bool = False) -> dict:
-    """A chart as SVG, or what is missing for it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chart.svg"
-        try:
-            draw(path)
-        except (BagsError, OSError) as error:
-            return {"caption": caption, "absent": str(error)}
-        svg = path.read_text(encoding="utf-8")
-    return {"caption": caption, "svg": svg[svg.index("<svg") :], "wide": wide}
+        for caption, plot in list(plots.items())[0 if first.is_counted else -1 :]:
+            try:
+                plot(path)
+                svg = path.read_text(encoding="utf-8")
+                charts.append({"caption": caption, "svg": svg[svg.index("<svg") :]})
+            except (BagsError, OSError) as error:
+                charts.append({"caption": caption, "absent": str(error)})
+    return charts
 
 
-def _classes(runs: Sequence[EvaluatedRun], crops: dict[int, list]) -> list[dict]:
+def _classes(
+    runs: Sequence[EvaluatedRun], names: Sequence[str], seen: "_Seen", crops: dict[int, dict]
+) -> list[dict]:
     """Rows of the table, the rarest class first."""
     first, last = runs[0], runs[-1]
+    details = _details(names, seen, crops)
     rows = []
     for i in np.argsort(first.training_instances, kind="stable").tolist():
-        trained = first.training_instances[i]
+        trained, objects = int(first.training_instances[i]), int(first.validation_instances[i])
         cells = [
             _cell(trained if trained >= 0 else None, ",.0f"),
-            _cell(first.validation_instances[i], ",.0f"),
+            _cell(objects, ",.0f"),
             *(_cell(run.ap[i], ".1f") for run in runs),
             *([_cell(last.ap[i] - first.ap[i], "+.1f")] if len(runs) > 1 else []),
         ]
-        row = {"cells": cells, "crops": crops.get(i), "untrained": trained == 0}
-        row["name"] = printable(first.names[i]) or f"class {first.category_ids[i]}"
-        rows.append(row)
+        marks = ["never trained"] * (trained == 0) + ["no objects here"] * (objects == 0)
+        rows.append({"cells": cells, "marks": marks, "name": names[i], "details": details[i]})
+    return rows
+
+
+def _details(names: Sequence[str], seen: "_Seen", crops: dict[int, dict]) -> list[list[dict]]:
+    """For each class, what each run confuses it with, and its crops if there is room for them."""
+    details = [[] for _ in names]
+    for label, counts in seen.confusions.items():
+        taken_for, taken_for_it = ([[] for _ in names] for _ in range(2))
+        for (own, other), number in counts.most_common():
+            taken_for[own].append(f"{names[other]} ({number})")
+            taken_for_it[other].append(f"{names[own]} ({number})")
+        for i, of_class in enumerate(details):
+            worst = (", ".join(x[i][:_CONFUSIONS_PER_CLASS]) for x in (taken_for, taken_for_it))
+            row = dict(zip(("taken_for", "taken_for_it"), worst, strict=True))
+            of_class.append({**row, "label": label, "crops": crops.get(i, {}).get(label)})
+    return details
+
+
+def _worst_confusions(run: EvaluatedRun, names: Sequence[str], seen: "_Seen") -> list[tuple]:
+    """Class, what it is taken for, its objects, and how many each run takes so; by the last run."""
+    runs, rows = list(seen.confusions.values()), []
+    sizes = Counter(annotation["category_id"] for annotation in seen.objects)
+    for (own, other), _ in runs[-1].most_common(_CONFUSIONS) if runs else ():
+        size = sizes[run.category_ids[own]]
+        cells = [f"{of[own, other]} ({of[own, other] / size:.0%})" for of in runs]
+        rows.append((names[own], names[other], size, cells))
     return rows
 
 
@@ -236,51 +274,82 @@ def _text(value: float | None, style: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, style)
 
 
-def _crops(
-    runs: Sequence[EvaluatedRun], max_crops: int
-) -> tuple[dict[int, list[tuple[str, list[Crop]]]], dict[Crop, str], str]:
-    """For classes by position, each run's label and crops; the pictures; a sentence about them."""
-    first = runs[0]
-    try:
-        images = read_ground_truth(first)
-        detections = [group_by(run.detections(), "category_id") for run in runs]
-    except (BagsError, OSError) as error:
-        return {}, {}, f"No crops: {error}"
-    objects = group_by((a for im in images.values() for a in im["annotations"]), "category_id")
-    chosen: dict[int, list[list[Crop]]] = {}
-    left = max_crops
+@dataclass
+class _Seen:
+    """What images and detections show; nothing if they are absent. Classes are positions."""
+
+    absent: str = ""
+    images: dict[Hashable, dict] = field(default_factory=dict)
+    objects: list[dict] = field(default_factory=list)
+    # By label of the run: the category that wins over each object, and numbers of objects of one
+    # class that are taken for another.
+    winners: dict[str, list] = field(default_factory=dict)
+    confusions: dict[str, Counter] = field(default_factory=dict)
+    crops: dict[int, dict[str, list[Crop]]] = field(default_factory=dict)  # by class, by run
+
+
+def _see(runs: Sequence[EvaluatedRun]) -> _Seen:
+    images, categories = read_ground_truth(runs[0]), runs[0].category_ids
+    seen = _Seen(images=images, objects=objects_of(images))
+    of_class = group_by(seen.objects, "category_id")
+    position = {category: i for i, category in enumerate(categories)}
+    seen.crops = {i: {} for i in position.values()}
+    for run in runs:  # one after the other, as there may be millions of detections
+        detections = run.detections()
+        seen.winners[run.label] = winners = winning_classes(seen.objects, detections)
+        pairs = ((o["category_id"], w) for o, w in zip(seen.objects, winners, strict=True))
+        seen.confusions[run.label] = Counter(
+            (position[own], position[winner]) for own, winner in pairs if winner not in (None, own)
+        )
+        found = group_by(detections, "category_id")
+        for category, i in position.items():
+            rows = of_class.get(category, ()), found.get(category, ())
+            seen.crops[i][run.label] = choose_crops(category, *rows, images, _CROPS_PER_KIND)
+    return seen
+
+
+def _limited(
+    runs: Sequence[EvaluatedRun], seen: _Seen, max_crops: int
+) -> tuple[dict[int, dict[str, list[Crop]]], str]:
+    """The crops of as many classes as there is room for, and a sentence about them."""
+    if seen.absent:
+        return {}, f"No crops: {seen.absent}"
+    shown = {}
     for i in _by_interest(runs):
-        category = first.category_ids[i]
-        own = objects.get(category, ())
-        of_runs = [
-            choose_crops(category, own, d.get(category, ()), images, _CROPS_PER_KIND)
-            for d in detections
-        ]
-        left -= sum(map(len, of_runs))
-        if left < 0:
+        max_crops -= sum(map(len, seen.crops[i].values()))
+        if max_crops < 0:
             break
-        chosen[i] = of_runs
-    pictures = cut_crops({c for of_runs in chosen.values() for of in of_runs for c in of}, images)
-    if not pictures and any(map(any, chosen.values())):
-        return {}, {}, f"No crops: the images of '{first.dataset}' cannot be read here."
-    crops = {
-        i: [
-            (run.label, [crop for crop in of_run if crop in pictures])
-            for run, of_run in zip(runs, of_runs, strict=True)
-        ]
-        for i, of_runs in chosen.items()
-    }
+        shown[i] = seen.crops[i]
     note = (
-        f"Click a class to see up to {_CROPS_PER_KIND} of its best right (solid) and wrong "
-        "(dashed) detections at an IoU of 0.5, and of its objects that were missed (dotted: no "
-        "right detection scores 0.3)."
+        "Click a class to see what its objects are taken for where they are, and up to "
+        f"{_CROPS_PER_KIND} of its best right (solid) and wrong (dashed) detections at an IoU of "
+        "0.5, and of its objects that were missed (dotted: no right detection scores 0.3)."
     )
-    if left_out := len(first.names) - len(chosen):
-        note += f" {left_out} classes have none, to keep this page small (--max-crops)."
-    return crops, pictures, note
+    if left_out := len(runs[0].names) - len(shown):
+        note += f" {left_out} classes have no crops, to keep this page small (--max-crops)."
+    return shown, note
 
 
 def _by_interest(runs: Sequence[EvaluatedRun]) -> list[int]:
     """Positions of the classes: those that changed most first, of one run those of lowest AP."""
     interest = np.abs(runs[-1].ap - runs[0].ap) if len(runs) > 1 else -runs[0].ap
     return np.argsort(-np.nan_to_num(interest, nan=-math.inf), kind="stable").tolist()
+
+
+def _doubtful_labels(runs: Sequence[EvaluatedRun], seen: _Seen) -> dict:
+    """The objects whose label the last run that was asked contradicts most."""
+    run = next((run for run in reversed(runs) if run.label_check_file.is_file()), None)
+    if run is None:
+        absent = f"No run has a {runs[0].label_check_file.name}: evaluate again with --eval-only."
+        return {"cards": [], "absent": absent}
+    annotations = {str(annotation["id"]): annotation for annotation in seen.objects}
+    cards = []
+    try:
+        for row in run.label_check(_DOUBTFUL):
+            if (found := annotations.get(row["annotation_id"])) and row["contradiction"] > 0:
+                crop = Crop("doubtful", found["image_id"], tuple(found["bbox"]))
+                names = {key: printable(row[key]) for key in ("name", "model_name")}
+                cards.append({**row, **names, "crop": crop})
+    except (BagsError, OSError) as error:
+        return {"cards": [], "absent": str(error)}
+    return {"cards": cards, "run": run.label, "file": printable(str(run.label_check_file))}

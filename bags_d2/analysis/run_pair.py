@@ -9,10 +9,10 @@ from tabulate import tabulate
 from ..errors import ConfigError
 from ..utils.files import write_csv
 from ..utils.text import printable
+from .detections import winning_classes, winning_groups
 from .grouping import bin_names
 from .plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
-from .report import all_winning_groups
-from .runs import EvaluatedRun, configured_thresholds
+from .runs import EvaluatedRun, configured_thresholds, objects_of, read_ground_truth
 
 __all__ = ["write_run_pair"]
 
@@ -40,7 +40,11 @@ def write_run_pair(
         )
     counts, labels = first.training_instances, (first.label, second.label)
     thresholds = configured_thresholds(runs) if thresholds is None else thresholds
-    matrices = all_winning_groups(runs, thresholds)
+    objects = objects_of(read_ground_truth(first))
+    matrices = {}
+    for run in runs:
+        winners = winning_classes(objects, run.detections())
+        matrices[run.label] = winning_groups(objects, winners, run.count_of, thresholds)
     plot_class_ap_change(counts, first.ap, second.ap, labels, output / "class_ap.png", thresholds)
     header = ("category_id", "name", "training_instances", *labels)
     columns = (first.category_ids, first.names, counts, first.ap, second.ap)
@@ -65,14 +69,13 @@ def write_run_pair(
 def _largest_changes(first: EvaluatedRun, second: EvaluatedRun) -> str:
     change = second.ap - first.ap
     order = [i for i in np.argsort(-change, kind="stable") if not np.isnan(change[i])]
-    chosen = order if len(order) <= 2 * _LISTED else [*order[:_LISTED], *order[-_LISTED:]]
     rows = [
         (
             *(printable(first.names[i]), f"{first.training_instances[i]:,}"),
             *(f"{first.ap[i]:.1f}", f"{second.ap[i]:.1f}", f"{change[i]:+.1f}"),
         )
-        for i in chosen
+        for i in dict.fromkeys([*order[:_LISTED], *order[-_LISTED:]])
     ]
     headers = ("class", "training instances", first.label, second.label, "change")
-    alignment = ("left", *["right"] * 4)
-    return tabulate(rows, headers, disable_numparse=True, colalign=alignment if rows else None)
+    alignment = ("left", *["right"] * 4) if rows else None
+    return tabulate(rows, headers, disable_numparse=True, colalign=alignment)

@@ -5,6 +5,7 @@ Shapes: K classes.
 
 import argparse
 import csv
+import itertools
 import json
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ..data.datasets import evaluated_annotations, register_from_config
 from ..engine.setup import setup_cfg
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..evaluation.bins import DEFAULT_COUNT_THRESHOLDS, ap_per_bin, balanced_ap
+from ..evaluation.label_check import LABEL_CHECK_FILE
 from ..utils.files import load_json, load_yaml, require_file
 from ..utils.text import printable
 
@@ -29,6 +31,7 @@ __all__ = [
     "configured_thresholds",
     "flat_items",
     "loss_history",
+    "objects_of",
     "read_ground_truth",
     "read_run",
     "read_runs",
@@ -111,6 +114,27 @@ class EvaluatedRun:
                 f"'{path}' does not hold detections ({error!r:.200}); evaluate again."
             ) from None
 
+    @property
+    def label_check_file(self) -> Path:
+        """All objects, those first whose label the model contradicts most, if they were checked."""
+        return self.folder / "inference" / self.dataset / LABEL_CHECK_FILE
+
+    def label_check(self, most: int) -> list[dict]:
+        """The first rows of that file.
+
+        Raises:
+            MissingFileError: if it does not exist.
+            DataError: if it is not what evaluation writes.
+        """
+        path = self.label_check_file
+        try:
+            with open(require_file(path), newline="", encoding="utf-8") as file:
+                rows = list(itertools.islice(csv.DictReader(file), most))
+            numbers = ("probability", "model_probability", "contradiction")
+            return [{**row, **{key: float(row[key]) for key in numbers}} for row in rows]
+        except _MALFORMED as error:
+            raise DataError(f"'{path}' is damaged ({error!r:.200}); evaluate again.") from None
+
 
 def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
     """The images that a run was evaluated on, by id.
@@ -138,7 +162,12 @@ def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
         images[image_id] = record = {
             "file_name": os.path.join(root, truth.file_name(position, is_lvis)),
             "annotations": [
-                {"image_id": image_id, "category_id": ids[classes[i]], "bbox": boxes[i]}
+                {
+                    "id": truth.annotation_ids[i],
+                    "image_id": image_id,
+                    "category_id": ids[classes[i]],
+                    "bbox": boxes[i],
+                }
                 for i in truth.rows_of_image(position)
                 if is_object[i] and ids[classes[i]] in known
             ],
@@ -146,6 +175,11 @@ def read_ground_truth(run: EvaluatedRun) -> dict[Hashable, dict]:
         for key in ("neg_category_ids", "not_exhaustive_category_ids") if is_lvis else ():
             record[key] = {ids[c] for c in image[key] or ()}
     return images
+
+
+def objects_of(images: Mapping[Hashable, Mapping]) -> list[dict]:
+    """All objects of images as of :func:`read_ground_truth`."""
+    return [annotation for image in images.values() for annotation in image["annotations"]]
 
 
 def read_run(
@@ -269,20 +303,17 @@ def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
     """
     history: dict[str, dict[int, float]] = {}
     path = Path(folder) / "metrics.json"
-    if not path.is_file():
-        return history
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                iteration = int(_number(row["iteration"]))
-                values = {name: _number_or_none(value) for name, value in row.items()}
-            except (*_MALFORMED, RecursionError):
-                continue
-            for name, value in values.items():
-                is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
-                if is_loss and value is not None:
-                    history.setdefault(printable(name), {})[iteration] = value
+    for line in path.open(encoding="utf-8", errors="replace") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            iteration = int(_number(row["iteration"]))
+            values = {name: _number_or_none(value) for name, value in row.items()}
+        except (*_MALFORMED, RecursionError):
+            continue
+        for name, value in values.items():
+            is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
+            if is_loss and value is not None:
+                history.setdefault(printable(name), {})[iteration] = value
     return history
 
 

@@ -12,10 +12,8 @@ from fvcore.common.checkpoint import _strip_prefix_if_present
 from ..data.class_statistics import ClassStatistics
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..modeling.class_groups import ClassGroups
-from ..utils.files import write_atomically
+from ..utils.files import local_path, write_atomically
 from .files import read_checkpoint
-
-__all__ = ["LongTailCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +103,7 @@ class LongTailCheckpointer(DetectionCheckpointer):
     def load(self, path, *args, **kwargs):
         """Load, with every failure a BagsError."""
         self._path = path
-        is_local = path and "://" not in path
-        if is_local and not os.path.isfile(path.partition("?")[0]):
+        if path and not os.path.isfile(local_path(path.partition("?")[0], "MODEL.WEIGHTS")):
             raise MissingFileError(f"Checkpoint '{path}' (MODEL.WEIGHTS) does not exist.")
         try:
             rest = super().load(path, *args, **kwargs)

@@ -23,8 +23,6 @@ from ..errors import ConfigError, DataError
 from ..utils.files import require_file
 from .plain_pickle import Budget, UnsafePickleError, plain_dict, read_plain_pickle
 
-__all__ = ["TRUST_VARIABLE", "read_checkpoint", "read_model_weights", "read_tensor", "read_torch"]
-
 TRUST_VARIABLE = "BAGS_D2_TRUST_CHECKPOINTS"
 
 # What torch.save's older format starts with.

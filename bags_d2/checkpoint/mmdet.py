@@ -6,16 +6,22 @@ can carry over (colour order, RoIAlign, anchors, ...) is in ``configs/mmdet/Base
 Shapes: K foreground classes, G foreground groups, C = K + G + 2 logits.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
-from ..errors import DataError
+from ..data.class_statistics import ClassStatistics, training_class_counts
+from ..errors import DataError, MissingFileError
 from ..modeling.class_groups import ClassGroups
-
-__all__ = ["GroupLayout", "convert_state_dict"]
+from ..utils.files import write_atomically
+from .checkpointer import LongTailCheckpointer
+from .files import read_tensor, read_torch
 
 _BLOCK = r"backbone\.layer(\d)\.(\d+)\."
 _HEAD = r"bbox_head\.((?:\d\.)?)"  # with the stage of a cascade
@@ -177,19 +183,11 @@ def _reorder(
         if layout is not None:
             return tensor[layout.columns]
         return torch.cat([tensor[1:], tensor[:1]])  # background goes last
-    if ".bbox_pred." in name and len(tensor) != 4:
-        return _without_background(tensor, num_classes, 4, name)
-    if ".mask_head.predictor." in name:
-        return _without_background(tensor, num_classes, 1, name)
-    return tensor
-
-
-def _without_background(
-    tensor: torch.Tensor, num_classes: int, rows: int, name: str
-) -> torch.Tensor:
-    """Background's rows come first, and are never used."""
-    expected = rows * (num_classes + 1)
-    if len(tensor) != expected:
+    # Rows of each class; background's come first, and are never used.
+    rows = 4 if ".bbox_pred." in name and len(tensor) != 4 else 0
+    rows = 1 if ".mask_head.predictor." in name else rows
+    if rows and len(tensor) != rows * (num_classes + 1):
+        expected = rows * (num_classes + 1)
         raise DataError(f"'{name}' has {len(tensor)} rows where {expected} were expected.")
     return tensor[rows:]
 
@@ -206,3 +204,69 @@ def _check_counts(class_to_group: torch.Tensor, class_counts: torch.Tensor, thre
             f"label2binlabel groups {differ} classes differently from the training counts; are "
             "they of the same data set?"
         )
+
+
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    cfg: CfgNode,
+    label2binlabel: Path | None = None,
+    pred_slice: Path | None = None,
+) -> tuple[int, int]:
+    """Convert a file, and load the result into the model of the config before it gets its name.
+
+    Args:
+        source, target: the authors' ``.pth``, and the file to write.
+        cfg: config of the same model.
+        label2binlabel, pred_slice: the authors' files of class groups; None takes the training
+            counts.
+
+    Returns:
+        How many tensors were converted and left out.
+
+    Raises:
+        MissingFileError: if the class groups are unknown.
+        DataError, ConfigError: if the files contradict each other or the config.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    checkpoint = read_torch(source)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise DataError(f"'{source}' has no 'state_dict': not a checkpoint of mmdetection.")
+    is_grouped = cfg.MODEL.ROI_BOX_PREDICTOR.NAME == "BAGSOutputLayers"
+    layout = _group_layout(cfg, label2binlabel, pred_slice) if is_grouped else None
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    weights, left_out = convert_state_dict(checkpoint["state_dict"], num_classes, layout)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.pth")
+    classes = ClassStatistics.from_training_set(cfg).for_checkpoint()
+    with write_atomically(partial, "wb") as file:
+        torch.save({"model": weights, **classes, "__author__": "BAGS, converted"}, file)
+    try:
+        # Whatever does not fit the model of the config is an error here, not at evaluation.
+        LongTailCheckpointer(build_model(cfg), evaluating=True).load(str(partial))
+    except BaseException:
+        partial.unlink()
+        raise
+    partial.replace(target)
+    return len(weights), len(left_out)
+
+
+def _group_layout(
+    cfg: CfgNode, label2binlabel: Path | None, pred_slice: Path | None
+) -> GroupLayout:
+    """From the authors' files, checked with the training counts where both are there."""
+    thresholds = tuple(cfg.MODEL.BAGS.GROUP_THRESHOLDS)
+    try:
+        counts, reason = training_class_counts(cfg, by="instances"), ""
+    except FileNotFoundError as error:
+        counts, reason = None, str(error)
+    if label2binlabel and pred_slice:
+        files = read_tensor(label2binlabel), read_tensor(pred_slice)
+        return GroupLayout.from_files(*files, thresholds, counts)
+    if counts is None:
+        raise MissingFileError(
+            "The class groups are unknown: give the authors' --label2binlabel and --pred-slice, or "
+            f"the training counts ({reason})"
+        )
+    return GroupLayout.from_counts(counts, thresholds)

@@ -14,8 +14,6 @@ from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["Budget", "UnsafePickleError", "plain_dict", "read_plain_pickle"]
-
 # dtypes as numpy's pickles name them: numbers only, of fixed size.
 _NUMERIC = re.compile(r"b1|[iu][1248]|f[248]|c8|c16")
 _KEYS = (str, int, float, bytes, type(None))

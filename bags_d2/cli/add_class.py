@@ -4,7 +4,8 @@ Its column is fitted to the box features of the new images. Writes OUTPUT_DIR/mo
 detector of one class more, which is evaluated with MODEL.ROI_HEADS.NUM_CLASSES raised by one.
 
 Example:
-    bags-d2 add-class --name owl --data coco owls.json images --config-file mine_bags.yaml \\
+    bags-d2 add-class --name owl --data coco owls/train.json owls/images \\
+        --config-file configs/mine_baseline.yaml --method bags \\
         MODEL.WEIGHTS output/mine_bags/model_final.pth OUTPUT_DIR output/mine_with_owls
 """
 

@@ -3,7 +3,8 @@
 For one or more checkpoints (docs/analysis.md).
 
 Example:
-    bags-d2 analyze --checkpoint softmax=output/a/model_final.pth BAGS=output/b/model_final.pth
+    bags-d2 analyze --checkpoint softmax=output/mine_baseline/model_final.pth \\
+        BAGS=output/mine_bags/model_final.pth
 """
 
 import argparse

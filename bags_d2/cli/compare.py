@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="NAME,NAME",
         help='names or paths, as --method of "bags-d2 train" takes them; "ablations" stands for '
-        "all of these; default: all of configs/methods",
+        "all of these; default: what trains a classifier on the baseline's box features, or "
+        "nothing, and not what trains the detector anew",
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... of each method")
     parser.add_argument(

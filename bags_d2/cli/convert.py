@@ -3,7 +3,7 @@
 See docs/mmdet_checkpoints.md.
 
 Example:
-    bags-d2 convert theirs.pth ours.pth --method bags \\
+    bags-d2 convert gs_mask_rcnn_r50_fpn_1x_lvis.pth ours.pth --method bags \\
         --config-file configs/mmdet/lvis_v0.5_baseline_mask_R50.yaml
 """
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoint.convert_mmdet import convert_checkpoint
+    from ..checkpoint.mmdet import convert_checkpoint
     from ..engine import setup_cfg
 
     files = (args.label2binlabel, args.pred_slice)

@@ -10,7 +10,7 @@ Example:
 import argparse
 from pathlib import Path
 
-from .flags import add_config_flags, add_options_flag, add_thresholds_flag
+from .flags import add_config_flags, add_input_flag, add_options_flag, add_thresholds_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--webcam", action="store_true", help="take input from the webcam")
     source.add_argument("--video-input", type=Path, metavar="FILE", help="a video file")
-    source.add_argument("--input", nargs="+", help="images, folders of images, or glob patterns")
+    add_input_flag(source, required=False)
     parser.add_argument(
         "--output", type=Path, help="file or folder to save to; without it a window is shown"
     )

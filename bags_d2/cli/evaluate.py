@@ -5,8 +5,8 @@ what "bags-d2 train --eval-only" writes.
 
 Example:
     bags-d2 evaluate --config-file configs/glyphs_baseline.yaml --num-gpus 0 \\
-        --run bags output/bags/model_final.pth output/bags \\
-        --run seesaw_classifier output/seesaw/model_final.pth output/seesaw
+        --run bags output/demo/bags/model_final.pth output/bags \\
+        --run crt+cosine output/demo/crt+cosine/model_final.pth output/crt+cosine
 """
 
 import argparse

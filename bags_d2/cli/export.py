@@ -1,6 +1,7 @@
 """Write a detector as TorchScript or ONNX.
 
-Each file is compared with the detector on the given images: boxes within 0.01 pixels, scores and
+Each file is compared with the detector on the given images, which must show something to detect:
+boxes within 0.01 pixels, scores and
 masks within 0.0001. Beside the files, model.json says how images are to be prepared and what the
 classes are called (docs/deployment.md).
 
@@ -11,17 +12,12 @@ Example:
 import argparse
 from pathlib import Path
 
-from .flags import add_config_flags, add_options_flag
+from .flags import add_config_flags, add_input_flag, add_options_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="images, folders, glob patterns or text files of paths, with something to detect",
-    )
+    add_input_flag(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     parser.add_argument(
         "--formats",

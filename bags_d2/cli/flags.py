@@ -6,6 +6,7 @@ __all__ = [
     "METHOD_HELP",
     "add_cache_flags",
     "add_config_flags",
+    "add_input_flag",
     "add_launch_flags",
     "add_options_flag",
     "add_run_flags",
@@ -51,6 +52,17 @@ def add_options_flag(parser: argparse.ArgumentParser) -> None:
     """``--opts``, in place of :func:`add_trailing_options` beside arguments of any number."""
     help = "config keys and values, last on the line (docs/config.md)"
     parser.add_argument("--opts", nargs="...", default=[], metavar="KEY VALUE", help=help)
+
+
+def add_input_flag(parser: argparse._ActionsContainer, required: bool = True) -> None:
+    """``--input``, what ``analysis.media.image_paths`` reads."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=required,
+        metavar="PATH",
+        help="images, folders of images, glob patterns, or text files (.txt) of a path a line",
+    )
 
 
 def add_thresholds_flag(parser: argparse.ArgumentParser) -> None:

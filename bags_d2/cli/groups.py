@@ -2,7 +2,7 @@
 
 Example:
     bags-d2 groups --config-file configs/lvis_bags_R50.yaml --output output/groups.png
-    bags-d2 groups --json annotations.json --thresholds 20 200
+    bags-d2 groups --json mine/annotations/train.json --thresholds 20 200
 """
 
 import argparse

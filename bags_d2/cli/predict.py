@@ -11,19 +11,14 @@ Example:
 import argparse
 from pathlib import Path
 
-from .flags import add_config_flags, add_options_flag, add_thresholds_flag
+from .flags import add_config_flags, add_input_flag, add_options_flag, add_thresholds_flag
 
 INTERRUPTED = "Run the same command again to go on; finished images are not repeated."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="images, folders of images, glob patterns, or text files (.txt) of a path a line",
-    )
+    add_input_flag(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--min-score", type=float, metavar="SCORE", help="one for all classes")
     add_thresholds_flag(parser)

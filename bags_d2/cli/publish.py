@@ -1,7 +1,7 @@
 """Strip a checkpoint to its weights and classes, to publish it.
 
 Example:
-    bags-d2 publish output/lvis_bags_R50/model_final.pth lvis_bags_R50.pth
+    bags-d2 publish output/mine_bags/model_final.pth mine_bags.pth
 """
 
 import argparse

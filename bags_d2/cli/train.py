@@ -6,7 +6,7 @@ so use none that you have not read (docs/lazyconfigs.md). YAMLs are data.
 
 Example:
     bags-d2 train --config-file configs/lvis_baseline_R50.yaml --method seesaw --num-gpus 8
-    bags-d2 train --config-file configs/lvis_bags_R50.yaml --eval-only MODEL.WEIGHTS model.pth
+    bags-d2 train --config-file configs/lvis_bags_R50.yaml --eval-only
 """
 
 import argparse

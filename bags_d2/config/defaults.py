@@ -2,8 +2,6 @@
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_bags_config"]
-
 
 def add_bags_config(cfg: CfgNode) -> None:
     """Add the keys of this package to a Detectron2 config, in place.

@@ -19,16 +19,6 @@ from ..utils.files import load_yaml
 from .lazy_reader import RECORD, attach_lazy_config, read_lazy_config
 from .renamed import rename_keys
 
-__all__ = [
-    "BASELINE",
-    "find_config",
-    "list_methods",
-    "merge_config_file",
-    "read_config_file",
-    "run_name",
-    "scale_schedule",
-]
-
 CONFIGS = Path(__file__).parents[1] / "model_zoo" / "configs"
 
 _BASE = "_BASE_"
@@ -121,8 +111,8 @@ def read_config_file(
         overrides: ``path.key=value`` of a LazyConfig; they take precedence over the method.
 
     Raises:
-        MissingFileError: if the file, a ``_BASE_`` or the method does not exist.
-        ConfigError: if one of them holds no mapping, or is its own ``_BASE_``.
+        MissingFileError, ConfigError: if the file, a ``_BASE_`` or the method does not exist, holds
+            no mapping, or is its own ``_BASE_``.
     """
     path = os.fspath(path)
     file, methods = find_config(path)
@@ -187,10 +177,9 @@ def _files_of_method(name: str) -> list[str]:
     if name.endswith(".yaml"):
         return [name]
     name = _SUFFIXES.get(name, name)
-    for folder in (_METHODS, _ABLATIONS):
-        path = CONFIGS / folder / f"{name}.yaml"
-        if path.is_file():
-            return [str(path)]
+    paths = [CONFIGS / folder / f"{name}.yaml" for folder in (_METHODS, _ABLATIONS)]
+    if found := [str(path) for path in paths if path.is_file()]:
+        return found[:1]
     for suffix, overlay in _SUFFIXES.items():
         if name.endswith(f"_{suffix}"):
             first = _files_of_method(name.removesuffix(f"_{suffix}"))

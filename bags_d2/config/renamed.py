@@ -1,4 +1,7 @@
-"""Keys that had other names, which files, commands and programs may still use."""
+"""Keys that had other names, which files, commands and programs may still use.
+
+A key that is set under both names to different values is a ConfigError.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +9,6 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import ConfigError
-
-__all__ = ["current_name", "former_names", "long_tail", "rename_keys", "rename_options"]
 
 _FORMER, _CURRENT = "BAGS", "LONG_TAIL"
 # With their defaults, under the current names.
@@ -26,41 +27,27 @@ def current_name(key: str) -> str:
 
 
 def rename_options(opts: Sequence) -> list:
-    """Keys and values of a command, the keys under their current names.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
-    keys, values = opts[::2], opts[1::2]
-    given = dict(zip(keys, values, strict=False))
-    for key in given:
-        if current_name(str(key)) != key:
-            _require_same(key, given[key], given.get(current_name(str(key)), given[key]))
-    return [current_name(x) if i % 2 == 0 and isinstance(x, str) else x for i, x in enumerate(opts)]
+    """Keys and values of a command, the keys under their current names."""
+    renamed, given = list(opts), dict(zip(opts[::2], opts[1::2], strict=False))
+    for i, key in enumerate(opts[::2]):
+        renamed[2 * i] = current = current_name(str(key))
+        if current != key and current in given:
+            _require_same(key, given[key], given[current])
+    return renamed
 
 
 def rename_keys(content: dict[str, Any]) -> None:
-    """Move keys of a file to their current names, in place. An empty value is none.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
+    """Move keys of a file to their current names, in place. An empty value is none."""
     model = content.get("MODEL") if isinstance(content, dict) else None
     former = model.get(_FORMER) if isinstance(model, dict) else None
-    if not isinstance(former, dict):
-        return
-    for name in _MOVED.keys() & former.keys():
+    for name in _MOVED.keys() & former.keys() if isinstance(former, dict) else ():
         value = former.pop(name)
         if value != "" and isinstance(current := model.setdefault(_CURRENT, {}), dict):
             _require_same(f"MODEL.{_FORMER}.{name}", value, current.setdefault(name, value))
 
 
 def long_tail(cfg: CfgNode) -> CfgNode:
-    """``MODEL.LONG_TAIL``, where a program may have set keys under their former names.
-
-    Raises:
-        ConfigError: if a key is set under both names to different values.
-    """
+    """``MODEL.LONG_TAIL``, where a program may have set keys under their former names."""
     node = cfg.MODEL[_CURRENT].clone()
     node.defrost()
     for name, default in _MOVED.items():

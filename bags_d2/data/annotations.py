@@ -2,18 +2,21 @@
 
 Counting, training, evaluation and the report take their data from here, so what is counted is what
 is trained on and what is evaluated. A file is read once in a process. Whatever has one meaning is
-normalized; whatever has none is refused in one sentence, before training. docs/datasets.md lists
-both. Folders of other formats (data/formats) come here as what such a file would hold.
+normalized; whatever has none is a DataError of one sentence, before training. docs/datasets.md
+lists both. Folders of other formats (data/formats) come here as what such a file would hold.
 
 Shapes in this file: N annotations, I images, K categories.
 """
 
+import contextlib
 import functools
+import hashlib
+import json
 import logging
-import math
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,10 +24,8 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from ..errors import DataError
-from ..utils.files import load_json, require_file
+from ..utils.files import file_version, load_json, require_file
 from .masks import Masks
-
-__all__ = ["AnnotationSet", "Ids", "check_annotations", "read_annotations"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ AREA_OF_IGNORED = 10 * MAX_AREA
 # such boxes, and float32 coordinates of large images are not much finer.
 MIN_SIDE = 0.01
 
-_FLAGS = {None: False, 0: False, 1: True}  # the keys False and True are equal to 0 and 1
 _LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 _FREQUENCIES = ("r", "c", "f")
 
@@ -71,6 +71,11 @@ class Ids:
     def position(self, any_id: Id) -> int | None:
         """Position of an id of the file, or of the number that stands for one; None if unknown."""
         return self._position.get(any_id)
+
+    def lists(self, value: Any) -> bool:
+        """Whether a value is an id of the file; True, which is equal to 1, is none."""
+        position = self.position(value) if type(value) in (int, str) else None
+        return position is not None and self.outside[position] == value
 
     def outside_of(self, inside: int) -> Id:
         """The id that a number stands for."""
@@ -146,32 +151,28 @@ class AnnotationSet:
         pairs = self.image_index[self.is_object] * len(self.names) + self.classes[self.is_object]
         return np.bincount(np.unique(pairs) % len(self.names), minlength=len(self.names))
 
+    def digest(self) -> str:
+        """What distinguishes the content from an edited one."""
+        content = json.dumps([self.names, self.records("")], default=list)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def records(self, image_root: str, *, lvis: bool = False, masks: bool = True) -> list[dict]:
         """The images as Detectron2's standard records, in the order of their ids.
 
         Args:
             image_root: folder that the images' paths start from.
-            lvis: give LVIS's lists of categories, and take an image to stand at the last two parts
-                of its ``coco_url`` (split folder and file, as in LVIS v1) if it has one.
+            lvis: give LVIS's lists of categories, and find images by :meth:`file_name` of LVIS.
             masks: give masks, polygons as arrays of float64.
-
-        Raises:
-            DataError: if an image has no file name.
         """
-        boxes, classes = self.boxes.tolist(), self.classes.tolist()
-        is_object = self.is_object.tolist()
+        boxes, classes, is_object = (x.tolist() for x in (self.boxes, self.classes, self.is_object))
         records = []
         for position, image in enumerate(self.image_rows):
             annotations = []
             for row in self.rows_of_image(position):
-                annotation = {
-                    "bbox": boxes[row],
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": classes[row],
-                    # Detectron2's mapper leaves out what is marked so.
-                    "iscrowd": int(not is_object[row]),
-                }
-                if masks and (mask := self.masks.get(row, image)) is not None:
+                # Detectron2's mapper leaves out what is marked as a crowd.
+                annotation = {"bbox": boxes[row], "bbox_mode": BoxMode.XYWH_ABS}
+                annotation |= {"category_id": classes[row], "iscrowd": int(not is_object[row])}
+                if masks and (mask := self.masks.get(row)) is not None:
                     annotation["segmentation"] = mask
                 annotations.append(annotation)
             record = {
@@ -181,9 +182,8 @@ class AnnotationSet:
                 "width": image["width"],
                 "annotations": annotations,
             }
-            if lvis:
-                for key in _LVIS_LISTS:
-                    record[key] = [self.categories.inside[c] for c in image[key] or ()]
+            for key in _LVIS_LISTS if lvis else ():
+                record[key] = [self.categories.inside[c] for c in image[key] or ()]
             records.append(record)
         return records
 
@@ -198,7 +198,7 @@ class AnnotationSet:
         Raises:
             DataError: if an object has no mask and ``task`` is "segm".
         """
-        image, truths = self.image_rows[position], []
+        truths = []
         for row in self.rows_of_image(position):
             crowd, ignored = bool(self.crowd[row]), bool(self.ignored[row])
             truth = {
@@ -209,7 +209,7 @@ class AnnotationSet:
                 "area": AREA_OF_IGNORED if ignored or (crowd and lvis) else float(self.areas[row]),
                 "iscrowd": int(crowd and not lvis),
             }
-            mask = None if task == "bbox" else self.masks.get(row, image, as_json=True)
+            mask = None if task == "bbox" else self.masks.get(row, as_json=True)
             if mask is not None:
                 truth["segmentation"] = mask
             elif task == "segm":
@@ -220,10 +220,10 @@ class AnnotationSet:
         return truths
 
     def file_name(self, position: int, lvis: bool) -> str:
-        """Path of an image below the folder of images.
+        """Path of an image below the folder of images; a DataError if it has none.
 
-        Raises:
-            DataError: if it has none.
+        With ``lvis`` it is the last two parts of the ``coco_url`` (split folder and file, as in
+        LVIS v1) if there is one.
         """
         image = self.image_rows[position]
         if lvis and image["coco_url"]:
@@ -239,11 +239,10 @@ class AnnotationSet:
     def require_objects(self) -> None:
         """Raise DataError unless there is something to train on."""
         if not self.is_object.any():
-            found = (
-                self.summary if self.has_annotations else "its 'annotations' are missing or empty"
-            )
+            missing = "its 'annotations' are missing or empty"
             raise DataError(
-                f"'{self.path}' has no objects to train on ({found}); correct the file, or name "
+                f"'{self.path}' has no objects to train on "
+                f"({self.summary if self.has_annotations else missing}); correct the file, or name "
                 "another data set in DATASETS.TRAIN."
             )
 
@@ -253,26 +252,22 @@ class AnnotationSet:
             self.file_name(position, lvis)
 
     def require_masks(self, mask_format: str) -> None:
-        """Raise DataError unless every object has a mask that training can use.
-
-        Args:
-            mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask".
-        """
+        """Raise DataError unless every object has a mask that ``INPUT.MASK_FORMAT`` can be of."""
         remedy = "correct it, leave the object out of the file, or set MODEL.MASK_ON to False"
-        for row in np.flatnonzero(self.is_object & ~(self.masks.polygon_areas > 0)).tolist():
-            image = self.image_rows[self.image_index[row]]
-            if fault := self.masks.fault(row, image):
+        masks = self.masks
+        is_wrong = (masks.areas <= 0) | (masks.is_code & (mask_format == "polygon"))
+        for row in np.flatnonzero(self.is_object & is_wrong)[:1].tolist():
+            if fault := masks.fault(row):
                 self._refuse(row, f"has {fault}, which is no mask; {remedy}")
-            if self.masks.is_code(row) and mask_format == "polygon":
+            if masks.is_code[row] and mask_format == "polygon":
                 self._refuse(
                     row,
                     "has a mask in run-length code but INPUT.MASK_FORMAT is 'polygon'; set "
                     "INPUT.MASK_FORMAT to 'bitmask'",
                 )
-            if self.masks.area(row, image) <= 0:
-                kind = "no mask" if self.masks.get(row, image) is None else "a mask without area"
-                self._refuse(row, f"has {kind} but MODEL.MASK_ON is True; {remedy}")
-        small = int((self.masks.polygon_areas[self.is_object] < 1).sum())
+            kind = "no mask" if masks.get(row) is None else "a mask without area"
+            self._refuse(row, f"has {kind} but MODEL.MASK_ON is True; {remedy}")
+        small = int((masks.areas[self.is_object] < 1).sum())
         if mask_format == "bitmask" and small:
             logger.warning(
                 "'%s': %d masks are smaller than a pixel; as bitmaps they may be empty, and "
@@ -282,22 +277,19 @@ class AnnotationSet:
 
     def require_federated(self) -> None:
         """Raise DataError unless LVIS's evaluation has the lists and frequencies that it needs."""
-        remedy = (
-            "or, to evaluate with COCO's measures, register the data set as 'coco' "
-            "(DATASETS.REGISTER, docs/datasets.md)"
-        )
-        for key in _LVIS_LISTS:
-            for image_id, image in zip(self.images.outside, self.image_rows, strict=True):
-                if image[key] is None:
-                    raise DataError(
-                        f"'{self.path}': image {image_id!r} has no '{key}', which LVIS's measures "
-                        f"need; add it to every image, {remedy}."
-                    )
-        for category_id, frequency in zip(self.categories.outside, self.frequencies, strict=True):
-            if frequency is None:
+        needed = [
+            ("image", self.images, f"'{key}'", [row[key] for row in self.image_rows])
+            for key in _LVIS_LISTS
+        ]
+        key = "'frequency' among 'r', 'c' and 'f'"
+        needed.append(("category", self.categories, key, self.frequencies))
+        for kind, ids, key, values in needed:
+            if None in values:
+                first = ids.outside[values.index(None)]
                 raise DataError(
-                    f"'{self.path}': category {category_id!r} has no 'frequency' among 'r', 'c' "
-                    f"and 'f', which LVIS's measures need; add it to every category, {remedy}."
+                    f"'{self.path}': {kind} {first!r} has no {key}, which LVIS's measures need; "
+                    f"add it to every {kind}, or, to evaluate with COCO's measures, register the "
+                    "data set as 'coco' (DATASETS.REGISTER, docs/datasets.md)."
                 )
 
     def _refuse(self, row: int, what: str) -> NoReturn:
@@ -309,20 +301,14 @@ def read_annotations(path: str | os.PathLike) -> AnnotationSet:
 
     Args:
         path: a file in COCO or LVIS format, or a URL that Detectron2's PathManager knows.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: for the first thing in it that has no meaning.
     """
     local = require_file(path)
-    found = os.stat(local)
-    version = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _read_version(os.fspath(path), local, version)
+    return _read_version(os.fspath(path), local, file_version(local))
 
 
 @functools.lru_cache(maxsize=8)
 def _read_version(path: str, local: str, version: tuple[int, ...]) -> AnnotationSet:
-    if version[1] > 100_000_000:
+    if os.path.getsize(local) > 100_000_000:
         logger.info("Reading '%s' ...", path)
     return check_annotations(path, load_json(local))
 
@@ -330,39 +316,46 @@ def _read_version(path: str, local: str, version: tuple[int, ...]) -> Annotation
 def check_annotations(
     path: str, content: Any, notes: Sequence[str] = (), lists_all_classes: bool = True
 ) -> AnnotationSet:
-    """Check and normalize what an annotation file holds, or a folder of another format.
+    """Check and normalize the content of an annotation file, or of a folder of another format.
 
     Args:
         path: for messages.
-        content: in COCO's or LVIS's format; its annotations are taken out.
+        content: in COCO's or LVIS's format; masks are taken out of it.
         notes: what the summary says besides.
         lists_all_classes: see :class:`AnnotationSet`.
-
-    Raises:
-        DataError: for the first thing that has no meaning.
     """
-    if not isinstance(content, dict):
-        raise DataError(f"'{path}' has no list 'images': not a COCO or LVIS annotation file.")
-    category_rows = _section(path, content, "categories")
-    image_rows = _section(path, content, "images")
-    has_list = content.get("annotations") is not None
-    annotations = _section(path, content, "annotations") if has_list else []
-    for rows, what in ((category_rows, "categories"), (image_rows, "images")):
-        if not rows:
-            raise DataError(f"'{path}' has no {what}; list at least one.")
-    categories = Ids(_check_ids(path, "category", category_rows))
-    images = Ids(_check_ids(path, "image", image_rows))
+    sections, is_object = {}, isinstance(content, dict)
+    for name in ("categories", "images", "annotations") if is_object else ("images",):
+        rows = content.get(name) if is_object else None
+        sections[name] = [] if rows is None and name == "annotations" else rows
+        if not isinstance(sections[name], list):
+            raise DataError(f"'{path}' has no list '{name}': not a COCO or LVIS annotation file.")
+    for name in ("categories", "images"):
+        if not sections[name]:
+            raise DataError(f"'{path}' has no {name}; list at least one.")
+    category_rows, image_rows, annotations = sections.values()
+    categories = Ids(_check_rows(path, "category", category_rows, _CATEGORY_CHECKS))
+    listed = "{} {{{}}}; it must list ids of the file's categories"
+    lists = {listed.format(k, k): functools.partial(_lists_ids, k, categories) for k in _LVIS_LISTS}
+    images = Ids(_check_rows(path, "image", image_rows, _IMAGE_CHECKS | lists))
+    unknown = "{} {{{}}}, which is not among the file's; correct or remove it"
+    ids = {
+        unknown.format(key, key): lambda row, key=key, known=known: known.lists(row.get(key))
+        for key, known in (("image_id", images), ("category_id", categories))
+    }
+    _check_rows(path, "annotation", annotations, ids | _ANNOTATION_CHECKS)
+
     category_rows = sorted(category_rows, key=lambda row: categories.position(row["id"]))
-    image_rows = sorted(image_rows, key=lambda row: images.position(row["id"]))
-    image_rows = [_image(path, row, categories) for row in image_rows]
     frequencies = [row.get("frequency") for row in category_rows]
-    columns = _columns(path, annotations, image_rows, images, categories)
+    image_rows = sorted(image_rows, key=lambda row: images.position(row["id"]))
+    image_rows = [_normalized_image(row, categories) for row in image_rows]
+    columns = _columns(annotations, image_rows, images, categories)
     columns["summary"] = "; ".join([columns["summary"], *notes])
     return AnnotationSet(
         path=path,
         images=images,
         categories=categories,
-        names=tuple(_name(path, row) for row in category_rows),
+        names=tuple(row["name"] for row in category_rows),
         frequencies=tuple(f if f in _FREQUENCIES else None for f in frequencies),
         image_rows=image_rows,
         has_annotations=bool(annotations),
@@ -371,168 +364,144 @@ def check_annotations(
     )
 
 
-def _section(path: str, content: Mapping, name: str) -> list:
-    if not isinstance(content.get(name), list):
-        raise DataError(f"'{path}' has no list '{name}': not a COCO or LVIS annotation file.")
-    return content[name]
-
-
-def _check_ids(path: str, kind: str, rows: Iterable[Any]) -> set[Id]:
-    ids = set()
-    for row in rows:
-        key = row.get("id") if isinstance(row, dict) else None
-        if type(key) not in (int, str):
-            raise DataError(f"'{path}': {kind} {_short(row)} has no valid id; number it.")
-        if key in ids:
-            raise DataError(f"'{path}': {kind} id {_short(key)} occurs twice; ids must be unique.")
-        ids.add(key)
-    return ids
-
-
-def _name(path: str, category: Mapping) -> str:
-    name = category.get("name")
-    if name is None:
-        raise DataError(f"'{path}': category {category['id']!r} has no name; give it one.")
-    if not isinstance(name, str) or not _is_writable(name):
-        raise DataError(
-            f"'{path}': category {category['id']!r} has the name {_short(name)}; give it one of "
-            "Unicode text."
-        )
-    return name
-
-
-def _image(path: str, image: Mapping, categories: Ids) -> dict:
-    def refuse(what: str) -> NoReturn:
-        raise DataError(f"'{path}': image {_short(image['id'])} has {what}.")
-
-    width, height = image.get("width"), image.get("height")
-    if not all(type(side) is int and 0 < side < 2**31 for side in (width, height)):
-        refuse(
-            f"width {_short(width)} and height {_short(height)}; both must be whole numbers above 0"
-        )
-    row = {"height": height, "width": width}
-    for key in ("file_name", "coco_url"):
-        text = row[key] = image.get(key) or None
-        if text is not None and (not isinstance(text, str) or not _is_writable(text)):
-            refuse(f"{key} {_short(text)}; it must be a text")
+def _normalized_image(image: dict, categories: Ids) -> dict:
+    row = {"height": image["height"], "width": image["width"]}
+    row |= {key: image.get(key) or None for key in ("file_name", "coco_url")}
     for key in _LVIS_LISTS:
-        listed = image.get(key)
-        try:
-            row[key] = None if listed is None else [categories.position(i) for i in listed]
-        except TypeError:
-            row[key] = [None]
-        if row[key] and None in row[key]:
-            refuse(f"{key} {_short(listed)}; it must list ids of the file's categories")
+        ids = image.get(key)
+        row[key] = None if ids is None else [categories.position(i) for i in ids]
     return row
 
 
-def _columns(
-    path: str, annotations: list, image_rows: list[dict], images: Ids, categories: Ids
-) -> dict[str, Any]:
-    """The columns of an :class:`AnnotationSet`; ``annotations`` is emptied to free its memory."""
-    _check_ids(path, "annotation", annotations)
-    index = np.array([_position(path, a, "image_id", images) for a in annotations], dtype=np.int64)
-    boxes, areas, masks = array("d"), array("d"), Masks()
-    ids, image_index, classes, crowd, ignored = (array("q") for _ in range(5))
-    empty, unmeasured = [], []
-    for number in np.argsort(index, kind="stable").tolist():
-        annotation, annotations[number] = annotations[number], None
-        image = int(index[number])
-        category = _position(path, annotation, "category_id", categories)
-        try:
-            box = x, y, w, h = array("d", annotation["bbox"])
-            area = array("d", [annotation.get("area") or 0.0])[0]
-            flags = _FLAGS[annotation.get("iscrowd")], _FLAGS[annotation.get("ignore")]
-        except (TypeError, KeyError, ValueError, OverflowError):
-            _refuse_annotation(path, annotation)
-        if not (w >= 0 and h >= 0 and math.isfinite(x + y + w + h)):
-            _refuse_annotation(path, annotation)
-        width, height = image_rows[image]["width"], image_rows[image]["height"]
-        sides = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
-        if min(sides) < MIN_SIDE:
-            empty.append(annotation["id"])
-            continue
-        if not 0 < area <= MAX_AREA:
-            unmeasured.append(len(ids))
-        try:
-            # Numbers by value: an object kept of every annotation would keep Python from giving
-            # the memory of the others back.
-            ids.append(annotation["id"])
-        except (TypeError, OverflowError):
-            ids = [*ids, annotation["id"]]
-        image_index.append(image)
-        classes.append(category)
-        boxes.extend(box)
-        areas.append(area)
-        crowd.append(flags[0])
-        ignored.append(flags[1])
-        masks.append(annotation.get("segmentation"))
-    masks.close()
-    for row in unmeasured:
-        w, h = boxes[4 * row + 2 : 4 * row + 4]
-        areas[row] = min(masks.area(row, image_rows[image_index[row]]) or w * h, MAX_AREA)
+def _is_text(value: Any) -> bool:
+    """Whether a value can be written as UTF-8, as lone surrogates cannot, and has no null byte."""
+    try:
+        return "\0" not in value and bool(value.encode())
+    except (AttributeError, TypeError, UnicodeEncodeError):
+        return False
 
-    is_crowd, is_ignored = np.array(crowd, dtype=bool), np.array(ignored, dtype=bool)
-    num_objects = int((~(is_crowd | is_ignored)).sum())
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and -1e150 < value < 1e150  # areas of boxes are finite
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_box(value: Any) -> bool:
+    is_box = isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return is_box and value[2] >= 0 and value[3] >= 0
+
+
+def _lists_ids(key: str, known: Ids, row: dict) -> bool:
+    listed = row.get(key)
+    return listed is None or (isinstance(listed, list) and all(map(known.lists, listed)))
+
+
+# What a message says that a row has, if this does not hold of it.
+Checks = dict[str, Callable[[dict], bool]]
+
+_CATEGORY_CHECKS: Checks = {
+    "no name; give it one": lambda row: row.get("name") is not None,
+    "the name {name}; give it one of Unicode text": lambda row: _is_text(row["name"]),
+}
+_IMAGE_CHECKS: Checks = {
+    "width {width} and height {height}; both must be whole numbers above 0": lambda row: (
+        _is_side(row.get("width")) and _is_side(row.get("height"))
+    ),
+    **{
+        f"{key} {{{key}}}; it must be a text": lambda row, key=key: (
+            not row.get(key) or _is_text(row[key])
+        )
+        for key in ("file_name", "coco_url")
+    },
+}
+_ANNOTATION_CHECKS: Checks = {
+    "iscrowd {iscrowd}; it must be the number 0 or 1": lambda a: a.get("iscrowd") in (None, 0, 1),
+    "ignore {ignore}; it must be the number 0 or 1": lambda a: a.get("ignore") in (None, 0, 1),
+    "area {area}; it must be a number, or be left out": lambda a: (
+        isinstance(a.get("area"), float | None) or _is_number(a["area"])
+    ),
+    "bbox {bbox}; it must be [x, y, width, height] with numbers, and width and height of 0 or "
+    "more": lambda a: _is_box(a.get("bbox")),
+}
+
+
+def _check_rows(path: str, kind: str, rows: list, checks: Checks) -> set[Id]:
+    """The ids of rows; a DataError for the first that lacks one, or does not pass the checks."""
+    ids = set()
+    for row in rows:
+        row_id = row.get("id") if isinstance(row, dict) else None
+        if type(row_id) not in (int, str):
+            raise DataError(f"'{path}': {kind} {_short(row)} has no valid id; number it.")
+        if row_id in ids:
+            what = f"{kind} id {_short(row_id)} occurs twice; ids must be unique"
+            raise DataError(f"'{path}': {what}.")
+        ids.add(row_id)
+        for what, holds in checks.items():
+            if not holds(row):
+                values = defaultdict(lambda: "None", {k: _short(v) for k, v in row.items()})
+                what = what.format_map(values)
+                raise DataError(f"'{path}': {kind} {_short(row_id)} has {what}.")
+    return ids
+
+
+def _columns(
+    annotations: list[dict], image_rows: list[dict], images: Ids, categories: Ids
+) -> dict[str, Any]:
+    """The columns of an :class:`AnnotationSet`."""
+
+    def column(key: str, kind: type) -> np.ndarray:
+        return np.array([a.get(key) or 0 for a in annotations], dtype=kind)
+
+    image_index = np.array([images.position(a["image_id"]) for a in annotations], dtype=np.int64)
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    size = np.array([(row["width"], row["height"]) for row in image_rows])[image_index]
+    sides = np.minimum(boxes[:, :2] + boxes[:, 2:], size) - boxes[:, :2].clip(0)
+    is_empty = (sides < MIN_SIDE).any(axis=1)
+    rows = np.argsort(image_index, kind="stable")
+    rows = rows[~is_empty[rows]]
+    image_index, boxes, areas = image_index[rows], boxes[rows], column("area", np.float64)[rows]
+    crowd, ignored = (column(key, bool)[rows] for key in ("iscrowd", "ignore"))
+    classes = [categories.position(annotations[row]["category_id"]) for row in rows]
+    empty = [annotations[row]["id"] for row in np.flatnonzero(is_empty)[:1]]
+    ids = [annotations[row]["id"] for row in rows]
+    with contextlib.suppress(TypeError, OverflowError):
+        # Numbers by value: an object kept of every annotation would keep Python from giving the
+        # memory of the others back.
+        ids = array("q", ids)
+    masks = Masks()
+    for row, image in zip(rows.tolist(), image_index.tolist(), strict=True):
+        masks.append(annotations[row].pop("segmentation", None), image_rows[image])
+    masks.close()
+    unmeasured = ~((areas > 0) & (areas <= MAX_AREA))
+    if unmeasured.any():
+        own = np.where(masks.areas > 0, masks.areas, boxes[:, 2] * boxes[:, 3]).clip(max=MAX_AREA)
+        areas = np.where(unmeasured, own, areas)
+
+    num_objects = (~(crowd | ignored)).sum()
     summary = [f"{num_objects} objects of {len(categories)} classes in {len(images)} images"]
-    for what, count in (
-        ("crowds left out", is_crowd.sum()),
-        ("ignored regions left out", is_ignored.sum()),
-        (f"boxes that enclose nothing of their images left out (as of {empty[:1]})", len(empty)),
-        ("areas computed", len(unmeasured)),
-    ):
-        if count:
-            summary.append(f"{what}: {count}")
+    noted = {
+        "crowds left out": crowd,
+        "ignored regions left out": ignored,
+        f"boxes that enclose nothing of their images left out (as of {empty})": is_empty,
+        "areas computed": unmeasured,
+    }
+    summary += [f"{what}: {found.sum()}" for what, found in noted.items() if found.any()]
     return {
-        "image_index": np.array(image_index, dtype=np.int64),
+        "image_index": image_index,
         "classes": np.array(classes, dtype=np.int64),
-        "boxes": np.array(boxes).reshape(-1, 4),
-        "areas": np.array(areas),
-        "crowd": is_crowd,
-        "ignored": is_ignored,
+        "boxes": boxes,
+        "areas": areas,
+        "crowd": crowd,
+        "ignored": ignored,
         "masks": masks,
         "annotation_ids": ids,
         "summary": "; ".join(summary),
     }
 
 
-def _position(path: str, annotation: Mapping, key: str, ids: Ids) -> int:
-    value = annotation.get(key)
-    # True is equal to 1, and so is 1.0.
-    position = ids.position(value) if type(value) in (int, str) else None
-    if position is None or ids.outside[position] != value:
-        raise DataError(
-            f"'{path}': annotation {annotation['id']!r} has {key} {_short(value)}, which is not "
-            "among the file's; correct or remove it."
-        )
-    return position
-
-
-def _refuse_annotation(path: str, annotation: Mapping) -> NoReturn:
-    """Say which value of an annotation has no meaning; one has none."""
-    start = f"'{path}': annotation {_short(annotation['id'])} has"
-    for key in ("iscrowd", "ignore"):
-        value = annotation.get(key)
-        if not isinstance(value, int | float | None) or value not in _FLAGS:
-            raise DataError(f"{start} {key} {_short(value)}; it must be the number 0 or 1.")
-    if not isinstance(annotation.get("area"), int | float | None):
-        raise DataError(
-            f"{start} area {_short(annotation['area'])}; it must be a number, or be left out."
-        )
-    raise DataError(
-        f"{start} bbox {_short(annotation.get('bbox'))}; it must be [x, y, width, height] with "
-        "numbers, and width and height of 0 or more."
-    )
-
-
-def _is_writable(text: str) -> bool:
-    """Whether text can be written as UTF-8, as lone surrogates cannot, and names no null byte."""
-    try:
-        return "\0" not in text and bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) and not _is_writable(value) else repr(value)
+    text = ascii(value) if isinstance(value, str) and not _is_text(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,15 +13,6 @@ from .annotations import AnnotationSet
 from .class_statistics import require_same_classes
 from .datasets import class_names, dataset_annotations
 
-__all__ = [
-    "check_dataset",
-    "check_datasets",
-    "evaluated_classes",
-    "refuse_proposals",
-    "test_records",
-    "training_records",
-]
-
 logger = logging.getLogger(__name__)
 
 
@@ -29,9 +20,9 @@ def training_records(cfg: CfgNode) -> list[dict]:
     """Records of the training images (``DATASETS.TRAIN``), in Detectron2's form.
 
     Raises:
-        MissingFileError: if annotations do not exist.
-        DataError: if they are faulty, or training sets have different classes.
-        ConfigError: if proposals are to be loaded, which Detectron2 would unpickle.
+        MissingFileError, DataError: if annotations do not exist or are faulty, or training sets
+            have different classes.
+        ConfigError: if proposals are to be loaded.
     """
     refuse_proposals(cfg)
     names = cfg.DATASETS.TRAIN
@@ -64,11 +55,9 @@ def test_records(cfg: CfgNode, name: str) -> list[dict]:
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
-    """Check the data sets of a config: those that are evaluated, and those that are trained on.
+    """Check the data sets of a config, and that test sets have the classes of the training set.
 
-    Raises:
-        MissingFileError, DataError, ConfigError: see :func:`check_dataset`; also if a test set has
-            other classes than the training set.
+    Raises as :func:`check_dataset`.
     """
     for name in cfg.DATASETS.TRAIN if training else ():
         check_dataset(cfg, name, training=True)
@@ -84,18 +73,12 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 
 
 def check_dataset(cfg: CfgNode, name: str, *, training: bool) -> None:
-    """Check a data set before anything expensive starts.
+    """Check a data set, to train on or to evaluate on, before anything expensive starts.
 
-    A data set with a loading function of its own is not checked: loading may be expensive itself.
-
-    Args:
-        cfg: the config.
-        name: the data set.
-        training: whether it is trained on, or evaluated.
+    One with a loading function of its own is not checked: loading may be expensive itself.
 
     Raises:
-        MissingFileError: if its annotation file does not exist.
-        DataError: for the first fault of the file.
+        MissingFileError, DataError: if its annotation file does not exist, or for its first fault.
         ConfigError: if a training set has another number of classes than the model.
     """
     annotations = dataset_annotations(name)
@@ -105,8 +88,19 @@ def check_dataset(cfg: CfgNode, name: str, *, training: bool) -> None:
     annotations.require_file_names(lvis=loader.args[-1] == "lvis")
     if training:
         annotations.require_objects()
-        _check_number_of_classes(cfg, name, annotations)
-        _compare_registered_counts(name, annotations)
+        found, expected = len(annotations.names), cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        if found != expected:
+            raise ConfigError(
+                f"Data set '{name}' has {found} classes but MODEL.ROI_HEADS.NUM_CLASSES is "
+                f"{expected}; set it to {found}."
+            )
+        registered = MetadataCatalog.get(name).get("class_instance_count")
+        if registered is not None and list(registered) != annotations.instance_counts().tolist():
+            logger.warning(
+                "The instance counts that data set '%s' is registered with (class_instance_count) "
+                "are not those of '%s'; groups and losses follow the registered ones.",
+                *(name, annotations.path),
+            )
     elif MetadataCatalog.get(name).evaluator_type == "lvis" and annotations.has_annotations:
         annotations.require_federated()
     if cfg.MODEL.MASK_ON:
@@ -121,19 +115,15 @@ def evaluated_classes(
     *,
     in_common: bool = False,
 ) -> np.ndarray:
-    """The model's class of each category of an evaluated file, matched by name.
+    """The model's class (K,) of each of K categories, matched by name; -1 if it is not evaluated.
 
     Args:
-        json_file: the file, for messages.
-        annotations: its content; K categories.
+        json_file, annotations: the evaluated file, for messages, and its content.
         metadata: of the data set; its names and id map, if it has any, say which class a category
             is, else category ids are in the order of classes.
         model_names: names of the model's classes in their order; None if unknown, then the data
             set's own order stands.
         in_common: ``TEST.COMMON_CLASSES_ONLY``.
-
-    Returns:
-        (K,) classes; -1 for a category that is not evaluated.
 
     Raises:
         ConfigError: if the two have different classes and not ``in_common``.
@@ -204,22 +194,3 @@ def _own_classes(json_file: str, annotations: AnnotationSet, metadata: Mapping) 
             "file's categories."
         )
     return np.array([id_map[i] for i in ids], dtype=np.int64)
-
-
-def _check_number_of_classes(cfg: CfgNode, name: str, annotations: AnnotationSet) -> None:
-    found, expected = len(annotations.names), cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if found != expected:
-        raise ConfigError(
-            f"Data set '{name}' has {found} classes but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
-            f"set it to {found}."
-        )
-
-
-def _compare_registered_counts(name: str, annotations: AnnotationSet) -> None:
-    registered = MetadataCatalog.get(name).get("class_instance_count")
-    if registered is not None and list(registered) != annotations.instance_counts().tolist():
-        logger.warning(
-            "The instance counts that data set '%s' is registered with (class_instance_count) are "
-            "not those of '%s'; groups and losses follow the registered ones.",
-            *(name, annotations.path),
-        )

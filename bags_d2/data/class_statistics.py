@@ -2,6 +2,7 @@
 
 Everything is in contiguous class order, that of Detectron2's ``gt_classes``. What is counted is
 what is trained on: crowds, ignored regions and boxes that enclose nothing are left out.
+A file that is not there raises MissingFileError; one that is faulty, or lacks names, DataError.
 """
 
 import functools
@@ -21,16 +22,6 @@ from ..errors import BagsError, ConfigError, DataError, MissingFileError
 from ..utils.files import load_json
 from .annotations import AnnotationSet, read_annotations
 from .datasets import class_names, dataset_annotations
-
-__all__ = [
-    "ClassStatistics",
-    "count_annotation_file",
-    "count_classes",
-    "read_class_counts",
-    "training_class_counts",
-    "training_class_names",
-    "training_image_count",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -66,31 +57,26 @@ class ClassStatistics:
                 logger.warning("Not everything is known of the training classes: %s", error)
                 return None
 
-        return cls(
-            names=attempt(lambda: training_class_names(cfg)),
-            training_instances=attempt(lambda: training_class_counts(cfg, "instances").tolist()),
-        )
+        counts = attempt(lambda: training_class_counts(cfg, "instances").tolist())
+        return cls(attempt(lambda: training_class_names(cfg)), counts)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ClassStatistics":
-        """Those that a checkpoint's content carries; unknown ones if it carries none.
-
-        Raises:
-            DataError: if "classes" is of another form.
-        """
+        """Those that a checkpoint's content carries; unknown ones if it carries none."""
         content = checkpoint.get("classes")
         if content is None:
             return cls()
         try:
             names, counts = content["names"], content["training_instances"]
-            valid = _is_list_of(names, str) and _is_list_of(counts, int)
+            for values, kind in ((names, str), (counts, int)):
+                is_list = isinstance(values, list | tuple) and all(type(v) is kind for v in values)
+                if not is_list and values is not None:
+                    raise TypeError
         except (TypeError, KeyError):
-            valid = False
-        if not valid:
             raise DataError(
                 "The checkpoint's 'classes' must hold lists 'names' and 'training_instances' (or "
                 "null); publish it again with bags-d2 publish."
-            )
+            ) from None
         return cls(_tuple(names), _tuple(counts))
 
     @classmethod
@@ -100,31 +86,21 @@ class ClassStatistics:
         Names are unknown if they are of another number of classes than the model's.
         """
         carried = [m.class_statistics for m in model.modules() if hasattr(m, "class_statistics")]
-        found = carried[0] if carried else cls()
-        counts = found.training_instances
+        names, counts = vars(carried[0] if carried else cls()).values()
         if counts is None and long_tail(cfg).COUNT_BY == "instances":
             for name, buffer in model.named_buffers():
                 if name.endswith("class_counts") and bool((buffer >= 0).all()):
                     counts = tuple(buffer.tolist())
-        found = cls(found.names, counts).or_else(cfg)
-        fits = found.names is not None and len(found.names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        return found if fits else cls(None, found.training_instances)
+        if None in (names, counts):
+            training = cls.from_training_set(cfg, tolerated=BagsError)
+            names, counts = names or training.names, counts or training.training_instances
+        fits = names is not None and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        return cls(names if fits else None, counts)
 
     def for_checkpoint(self) -> dict[str, Any]:
         """What to put into a checkpoint: {"classes": ...}, or nothing if nothing is known."""
-        if self == ClassStatistics():
-            return {}
         values = {name: value and list(value) for name, value in vars(self).items()}
-        return {"classes": values}
-
-    def or_else(self, cfg: CfgNode) -> "ClassStatistics":
-        """These, completed by those of the training set where these are unknown."""
-        if None not in (self.names, self.training_instances):
-            return self
-        others = ClassStatistics.from_training_set(cfg, tolerated=BagsError)
-        return ClassStatistics(
-            self.names or others.names, self.training_instances or others.training_instances
-        )
+        return {} if self == ClassStatistics() else {"classes": values}
 
     def require_order_of(self, trained_on: "ClassStatistics") -> None:
         """Raise ConfigError if a training set has these classes in another order.
@@ -148,9 +124,7 @@ class ClassStatistics:
 def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
     """Counts (K,) that a config asks for: of its counts file, or else of its training sets.
 
-    Args:
-        cfg: config with the keys of ``add_bags_config``.
-        by: "instances" or "images"; None takes ``MODEL.LONG_TAIL.COUNT_BY``.
+    ``by`` is "instances" or "images"; None takes ``MODEL.LONG_TAIL.COUNT_BY``.
 
     Raises:
         MissingFileError: if the counts file or the annotations do not exist.
@@ -182,45 +156,26 @@ def training_class_counts(cfg: CfgNode, by: str | None = None) -> torch.Tensor:
 
 
 def training_class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the classes of ``DATASETS.TRAIN``; None if that is empty.
-
-    Raises:
-        MissingFileError, DataError: if the annotations do not exist or are faulty.
-    """
+    """Names of the classes of ``DATASETS.TRAIN``; None if that is empty."""
     return class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
 
 
 def training_image_count(cfg: CfgNode) -> int:
-    """Images of ``DATASETS.TRAIN``, those without annotations included.
-
-    Raises:
-        MissingFileError, DataError: if there is no training set, or it cannot be read.
-    """
+    """Images of ``DATASETS.TRAIN``, those without annotations included."""
     if not cfg.DATASETS.TRAIN:
         raise MissingFileError("No training images: DATASETS.TRAIN is empty.")
-    annotations = {name: dataset_annotations(name) for name in cfg.DATASETS.TRAIN}
-    return sum(
-        len(DatasetCatalog.get(name) if found is None else found.images)
-        for name, found in annotations.items()
-    )
+    found = {name: dataset_annotations(name) for name in cfg.DATASETS.TRAIN}
+    return sum(len(DatasetCatalog.get(n) if a is None else a.images) for n, a in found.items())
 
 
 def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
-    """Count the classes of a registered data set.
+    """Count the "instances" of each class of a registered data set, or the "images" that show it.
 
     Uses the counts in its metadata if there are any (``class_instance_count``,
     ``class_image_count``), else its annotation file, else the records of the user's own loader.
 
-    Args:
-        dataset_name: a name registered in ``DatasetCatalog``.
-        by: "instances" or "images" (images with at least one instance of the class).
-
     Returns:
         Long tensor (K,).
-
-    Raises:
-        MissingFileError, DataError: if it is not registered, cannot be read, or its classes have
-            no names.
     """
     metadata = MetadataCatalog.get(dataset_name)
     known = metadata.get({"instances": "class_instance_count", "images": "class_image_count"}[by])
@@ -237,11 +192,7 @@ def count_classes(dataset_name: str, by: str = "instances") -> torch.Tensor:
 
 
 def count_annotation_file(path: str, by: str = "instances") -> tuple[torch.Tensor, list[str]]:
-    """Counts (K,) and K names of the classes of a file that need not be registered.
-
-    Raises:
-        MissingFileError, DataError: if it does not exist or is faulty.
-    """
+    """Counts (K,) and K names of the classes of a file that need not be registered."""
     annotations = read_annotations(path)
     return torch.from_numpy(_counts_of(annotations, by)), list(annotations.names)
 
@@ -249,26 +200,16 @@ def count_annotation_file(path: str, by: str = "instances") -> tuple[torch.Tenso
 def read_class_counts(path: str, class_names: Sequence[str] | None = None) -> torch.Tensor:
     """Read a counts file: a JSON list in class order, or {class name: count}.
 
-    Args:
-        path: the file.
-        class_names: K names in class order; needed for a file keyed by name.
+    A file keyed by name needs the K ``class_names``, in class order.
 
     Returns:
         Long tensor (K,).
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if it is not such a JSON, or its classes are not those of the data set.
     """
     return _read_counts(path, None if class_names is None else lambda: class_names)
 
 
 def require_same_classes(names: Sequence[str]) -> None:
-    """Raise DataError unless training sets share their classes.
-
-    Args:
-        names: of registered data sets.
-    """
+    """Raise DataError unless training sets share their classes."""
     for name in names[1:]:
         if class_names(name) != class_names(names[0]):
             raise DataError(
@@ -297,23 +238,16 @@ def _read_counts(path: str, names_of_set: Callable[[], Sequence[str]] | None) ->
                 "set of DATASETS.TRAIN, or use a list in class order."
             )
         names = names_of_set()
-        if set(content) != set(names):
-            odd = sorted(set(content) ^ set(names))[:5]
-            raise DataError(f"{source} and the data set disagree on the classes {odd}.")
+        if odd := set(content) ^ set(names):
+            raise DataError(f"{source} and the data set disagree on the classes {sorted(odd)[:5]}.")
         content = [content[name] for name in names]
-    valid = isinstance(content, list) and all(type(n) is int and n >= 0 for n in content)
-    if not valid or not content:
+    is_list = isinstance(content, list) and content
+    if not is_list or not all(type(n) is int and n >= 0 for n in content):
         raise DataError(
             f"{source} must hold a JSON list of whole numbers of 0 or more, one for each class, "
             "or an object {class name: count}."
         )
     return torch.tensor(content)
-
-
-def _is_list_of(values: Any, kind: type) -> bool:
-    return values is None or (
-        isinstance(values, list | tuple) and all(type(v) is kind for v in values)
-    )
 
 
 def _tuple(values: Sequence | None) -> tuple | None:

@@ -1,33 +1,23 @@
-"""Registration of data sets of annotation files and folders, and of the built-in ones."""
+"""Registration of data sets of annotation files and folders, and of the built-in ones.
+
+A data set or file that is not there raises MissingFileError; one that has no meaning, or is not
+what the data set is registered with, raises DataError.
+"""
 
 import functools
 import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, DataError, MissingFileError
+from ..utils.files import local_path
 from .annotations import AnnotationSet, read_annotations
 from .formats import FOLDER_KINDS, read_row
 from .lvis_v1 import lvis_v1_counts
 
 # What datasets/prepare_glyphs.py draws.
 GLYPH_SETS = ("glyphs", "glyphs_lvis", "glyphs_tiny")
-
-__all__ = [
-    "adopt",
-    "class_names",
-    "dataset_annotations",
-    "evaluated_annotations",
-    "load_annotation_file",
-    "load_lvis_format",
-    "missing_dataset_message",
-    "register_annotation_file",
-    "register_builtin_datasets",
-    "register_from_config",
-    "register_lvis_format",
-]
 
 KINDS = ("coco", "lvis", *FOLDER_KINDS)
 
@@ -62,21 +52,18 @@ def register_annotation_file(name: str, kind: str, json_file: str, image_root: s
     )
     metadata = MetadataCatalog.get(name)
     metadata.set(image_root=image_root)
-    if kind not in FOLDER_KINDS:
+    if kind in FOLDER_KINDS:
+        kind = "coco"
+    else:
         metadata.set(json_file=json_file)
     if metadata.get("evaluator_type") is None:
-        metadata.set(evaluator_type="coco" if kind in FOLDER_KINDS else kind)
+        metadata.set(evaluator_type=kind)
 
 
 def register_lvis_format(name: str, json_file: str, image_root: str) -> None:
-    """Register a data set with annotations in LVIS (v0.5 or v1) format, with classes of any kind.
+    """:func:`register_annotation_file` in LVIS (v0.5 or v1) format, with classes of any kind.
 
     Detectron2's own ``register_lvis_instances`` knows the classes of LVIS alone.
-
-    Args:
-        name: as for :func:`register_annotation_file`.
-        json_file: likewise.
-        image_root: likewise.
     """
     register_annotation_file(name, "lvis", json_file, image_root)
 
@@ -87,17 +74,10 @@ def load_annotation_file(
     """Load an annotation file as Detectron2's records, and set the class names in the metadata.
 
     Args:
-        json_file: the annotation file.
-        image_root: folder that the images' paths start from.
-        dataset_name: name of the data set, for the metadata.
-        kind: see :func:`register_annotation_file`.
+        json_file, image_root, dataset_name, kind: see :func:`register_annotation_file`.
 
     Returns:
         One record for each image, in the order of image ids.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if something in it has no meaning.
     """
     annotations = _read(json_file, image_root, dataset_name, kind)
     metadata = MetadataCatalog.get(dataset_name)
@@ -118,30 +98,18 @@ def adopt(name: str) -> None:
     """Let a data set whose annotation file Detectron2 would read be read by this package.
 
     Detectron2's loaders check little, and numbers of objects would differ from those counted.
-    Data sets with a loading function of their own are left alone.
-
-    Args:
-        name: a data set, registered or not.
+    Data sets with a loading function of their own are left alone, as are unknown names.
     """
-    if name in DatasetCatalog:
-        loader = DatasetCatalog[name]
-        kind = _DETECTRON2_LOADERS.get(getattr(loader, "__module__", None))
-        if kind is not None:
-            metadata = MetadataCatalog.get(name)
-            DatasetCatalog.remove(name)
-            register_annotation_file(name, kind, metadata.json_file, metadata.image_root)
+    module = getattr(DatasetCatalog[name], "__module__", "") if name in DatasetCatalog else ""
+    if module in _DETECTRON2_LOADERS:
+        metadata = MetadataCatalog.get(name)
+        DatasetCatalog.remove(name)
+        kind = _DETECTRON2_LOADERS[module]
+        register_annotation_file(name, kind, metadata.json_file, metadata.image_root)
 
 
 def dataset_annotations(name: str) -> AnnotationSet | None:
-    """The annotations that a data set is loaded from; None if its loader is the user's own.
-
-    Args:
-        name: a registered data set.
-
-    Raises:
-        MissingFileError: if there is no such data set or file.
-        DataError: if something in it has no meaning, or its classes are not those registered.
-    """
+    """The annotations that a data set is loaded from; None if its loader is the user's own."""
     if name not in DatasetCatalog:
         raise MissingFileError(f"Data set '{name}' (DATASETS) is not registered.")
     adopt(name)
@@ -152,12 +120,7 @@ def dataset_annotations(name: str) -> AnnotationSet | None:
 
 
 def evaluated_annotations(name: str) -> AnnotationSet:
-    """What a data set is evaluated on: the json_file of its metadata, else what it is loaded from.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        DataError: if something in it has no meaning, or the data set has no annotation file.
-    """
+    """What a data set is evaluated on: its metadata's json_file, else what it is loaded from."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file is not None:
         return read_annotations(json_file)
@@ -171,15 +134,7 @@ def evaluated_annotations(name: str) -> AnnotationSet:
 
 
 def class_names(name: str) -> list[str]:
-    """Names of a data set's classes, in contiguous order.
-
-    Args:
-        name: a registered data set.
-
-    Raises:
-        MissingFileError: if its annotation file does not exist.
-        DataError: if that is faulty, or a loader of the user's own sets no names.
-    """
+    """Names of a registered data set's classes, in contiguous order."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         annotations = dataset_annotations(name)
@@ -195,18 +150,16 @@ def class_names(name: str) -> list[str]:
 
 def missing_dataset_message(dataset_name: str, path: str) -> str:
     """One sentence that names a missing data file and where to get it."""
+    remedy = "correct the path under which the data set is registered"
     for prefix, source in _SOURCES.items():
         if dataset_name.startswith(prefix):
             preset = dataset_name.rpartition("_")[0]
             remedy = f"{source.format(preset=preset)}, or set DETECTRON2_DATASETS to its folder"
-            break
-    else:
-        remedy = "correct the path under which the data set is registered"
     return f"'{path}' of data set '{dataset_name}' does not exist; {remedy}."
 
 
 def _read(json_file: str, image_root: str, dataset_name: str, kind: str) -> AnnotationSet:
-    if not os.path.exists(PathManager.get_local_path(json_file)):
+    if not os.path.exists(local_path(json_file)):
         raise MissingFileError(missing_dataset_message(dataset_name, json_file))
     annotations = read_row(kind, json_file, image_root)
     registered = MetadataCatalog.get(dataset_name).get("thing_classes")
@@ -221,9 +174,8 @@ def _read(json_file: str, image_root: str, dataset_name: str, kind: str) -> Anno
 def register_from_config(rows: Sequence[Sequence[str]]) -> None:
     """Register the data sets that a config asks for (``DATASETS.REGISTER``).
 
-    Args:
-        rows: for each data set its name and kind, the annotation file and the folder of images; see
-            :func:`register_annotation_file`. The files need not exist before the data set is used.
+    Each row has a data set's name and kind, the annotation file and the folder of images; see
+    :func:`register_annotation_file`. The files need not exist before the data set is used.
 
     Raises:
         ConfigError: if a row is of another form, or its name is taken by another data set.
@@ -248,19 +200,13 @@ def register_from_config(rows: Sequence[Sequence[str]]) -> None:
 
 
 def register_builtin_datasets(root: str) -> None:
-    """Register the glyph data sets, and complete the metadata of Detectron2's LVIS v1.
-
-    Args:
-        root: the folder of data sets, Detectron2's ``DETECTRON2_DATASETS``.
-    """
+    """Register the glyphs below a folder, and complete the metadata of Detectron2's LVIS v1."""
     for preset in GLYPH_SETS:
         folder = os.path.join(root, preset)
         for split in ("train", "val"):
-            register_lvis_format(
-                f"{preset}_{split}",
-                os.path.join(folder, "annotations", f"{preset}_{split}.json"),
-                folder,
-            )
+            name = f"{preset}_{split}"
+            file = os.path.join(folder, "annotations", f"{name}.json")
+            register_lvis_format(name, file, folder)
     # Detectron2 carries the image counts of LVIS v1 alone. With the instance counts, neither
     # training nor evaluation has to read a 1 GB file for them.
     MetadataCatalog.get("lvis_v1_train").set(

@@ -5,29 +5,28 @@ put into a batch in the same way whether training has run up to it or was resume
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
+import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config.lazy_reader import lazy_config
 from ..errors import ConfigError, DataError, MissingFileError
 from ..utils.seeding import isolated_generators, step_seed
 from .build import training_records
-from .images import check_image
-from .samplers import EpochOrder, EpochSampler, epoch_order
-
-__all__ = ["LongTailDatasetMapper", "ResumableSampler", "build_resumable_loader"]
-
-_SEED_KEY = "sample_seed"
+from .images import check_image, unreadable
+from .samplers import EpochSampler, epoch_order
 
 
 class LongTailDatasetMapper(DatasetMapper):
-    """``DatasetMapper`` whose errors name the image, and whose choices follow a sample's seed."""
+    """``DatasetMapper`` whose errors name the image."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -43,22 +42,11 @@ class LongTailDatasetMapper(DatasetMapper):
         return {name: instantiate(value) for name, value in call.items()}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """As the parent's.
-
-        Raises:
-            MissingFileError: if the image does not exist.
-            ConfigError: if an augmentation needs a package that is missing.
-            DataError: if it is damaged, of another size than annotated, or deeper than 8 bits.
-        """
-        dataset_dict = dict(dataset_dict)
-        seed = dataset_dict.pop(_SEED_KEY, None)
+        """As the parent's; errors (Missing, Data, Config) say what is missing or wrong."""
         path = dataset_dict["file_name"]
         try:
             check_image(path)
-            if seed is None:
-                return super().__call__(dataset_dict)
-            with isolated_generators(seed):
-                return super().__call__(dataset_dict)
+            return super().__call__(dataset_dict)
         except FileNotFoundError:
             raise MissingFileError(
                 f"Image '{path}' does not exist; restore it, or correct the data set's folder of "
@@ -71,139 +59,91 @@ class LongTailDatasetMapper(DatasetMapper):
         except SizeMismatchError as error:
             raise DataError(f"{str(error).rstrip('.')} ('{path}').") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"Image '{path}' cannot be read ({error}); restore it, or leave it out of the "
-                "annotations."
-            ) from None
+            raise unreadable(path, error) from None
 
 
-def build_resumable_loader(cfg: CfgNode, start_iter: int = 0):
-    """Detectron2's training loader, going on after so many batches of each process.
+def build_resumable_loader(cfg: CfgNode, start_iter: int = 0) -> DataLoader:
+    """A loader of training batches, lists of dicts, going on after so many of each process.
 
     Args:
         cfg: the config; a negative ``SEED`` draws a common one for all processes.
         start_iter: batches that training has had. The stream is that of the run that had them if
-            seed, data, batch size, number of processes and ``DATALOADER`` are the same.
+            seed, data, batch size, number of processes and sampler are the same.
 
     Raises:
         ConfigError, DataError: if the sampler is unknown, or has nothing to draw.
     """
     records = training_records(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
-    is_wide = [record["width"] > record["height"] for record in records]
-    sampler = ResumableSampler(
-        epoch_order(cfg, records),
-        len(records),
-        seed,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+    batches = ResumableBatches(
+        EpochSampler(epoch_order(cfg, records), seed),
+        cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        start_iter,
+        is_wide=[record["width"] > record["height"] for record in records]
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        else None,
+    )
+    return DataLoader(
+        _SeededImages(records, LongTailDatasetMapper(cfg, is_train=True), seed),
+        batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        bucket_of=is_wide.__getitem__ if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-        start_iter=start_iter,
-    )
-    return build_detection_train_loader(
-        cfg,
-        dataset=_SeededRecords(records, seed),
-        sampler=sampler,
-        mapper=LongTailDatasetMapper(cfg, is_train=True),
-        seed=seed,  # of the workers, which would else draw it from a step's random numbers
+        collate_fn=trivial_batch_collator,
+        worker_init_fn=worker_init_reset_seed,
+        # Of the workers, which would else draw their seeds from a step's random numbers.
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
-class ResumableSampler(Sampler):
-    """Endless sampler that can start where a data loader has had a number of batches.
+class ResumableBatches(Sampler[list[tuple[int, int]]]):
+    """Endless batches of a process, from a chosen one on, of images that are wide or high alike.
 
-    A sample is one whole number, since Detectron2's loader takes no other: its number in the
-    stream of all processes, times the number of images, plus the position of its image.
-
-    Detectron2's loader deals a sampler's stream out to its worker processes in chunks of a batch,
-    collects from them in turn, and (with ``bucket_of``) batches wide and high images apart. So
-    which samples are in the batches that were had, and which wait for their batch to fill, follows
-    from the stream; those that wait go first.
+    A sample is its number in the stream of all processes, and the position of its image. Which
+    samples are in a batch follows from the stream alone, as with Detectron2's own loader in a
+    single process.
     """
 
     def __init__(
         self,
-        order: EpochOrder,
-        num_images: int,
-        seed: int,
-        *,
+        stream: EpochSampler,
         batch_size: int,
-        num_workers: int = 0,
-        bucket_of: Callable[[int], object] | None = None,
         start_iter: int = 0,
+        is_wide: Sequence[bool] | None = None,
     ) -> None:
         """
         Args:
-            order: positions of an epoch's images.
-            num_images: of the data set.
-            seed: of the stream; the same in all processes.
-            batch_size: images of a batch of one process.
-            num_workers: worker processes of the loader.
-            bucket_of: images of which the loader batches together, by position; None for all.
-            start_iter: batches that this process has had.
+            stream: positions of images, for this process.
+            batch_size: images of a batch of this process.
+            start_iter: batches that it has had.
+            is_wide: of each image, to batch wide and high ones apart; None batches all together.
         """
-        self.stream = EpochSampler(order, seed)
-        self.num_images = num_images
-        # Asked now: iteration takes place in the loader's worker processes.
-        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
-        self.batch_size = batch_size
-        # Without buckets a worker's chunk is a batch, and batches come in the stream's order.
-        self.num_columns = max(num_workers, 1) if bucket_of else 1
-        self.bucket_of = bucket_of or _one_bucket
-        self.start_iter = start_iter
+        self.stream, self.batch_size = stream, batch_size
+        self.start_iter, self.is_wide = start_iter, is_wide
 
-    def __iter__(self) -> Iterator[int]:
-        numbers = itertools.count(self.rank, self.world_size)
-        samples = (
-            number * self.num_images + image
-            for number, image in zip(numbers, self.stream, strict=False)
-        )
-        if self.start_iter == 0:
-            yield from samples
-            return
-        collected = _transposed(samples, self.num_columns, self.batch_size)
-        waiting = self._skip(collected)
-        going_on = itertools.chain(waiting, collected)
-        yield from _transposed(going_on, self.batch_size, self.num_columns)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.start_iter, None)
 
-    def _skip(self, collected: Iterator[int]) -> list[int]:
-        """Take the samples of the batches that were had; return those that wait for others."""
-        buckets: dict[object, list[int]] = {}
-        left = self.start_iter
-        while left:
-            sample = next(collected)
-            bucket = buckets.setdefault(self.bucket_of(sample % self.num_images), [])
-            bucket.append(sample)
-            if len(bucket) == self.batch_size:
-                bucket.clear()
-                left -= 1
-        return list(itertools.chain.from_iterable(buckets.values()))
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting = defaultdict(list)
+        numbers = itertools.count(self.stream.rank, self.stream.world_size)
+        for number, image in zip(numbers, self.stream, strict=False):
+            kind = self.is_wide and self.is_wide[image]
+            waiting[kind].append((number, image))
+            if len(waiting[kind]) == self.batch_size:
+                yield waiting.pop(kind)
 
 
-def _one_bucket(_: int) -> None:
-    return None
+class _SeededImages(Dataset):
+    """Images of records, each drawn with the seed of its sample."""
 
-
-class _SeededRecords(Dataset):
-    """Records with the seed of the sample that they are drawn for."""
-
-    def __init__(self, records: Sequence[dict], seed: int) -> None:
+    def __init__(self, records: Sequence[dict], mapper: LongTailDatasetMapper, seed: int) -> None:
+        # Kept as bytes, which worker processes share.
         self.records = DatasetFromList(records, copy=False)
-        self.seed = seed
+        self.mapper, self.seed = mapper, seed
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, sample: int) -> dict:
-        number, image = divmod(sample, len(self.records))
-        return {**self.records[image], _SEED_KEY: step_seed(self.seed, number)}
-
-
-def _transposed(stream: Iterator, rows: int, columns: int) -> Iterator:
-    """Read blocks of rows x columns row by row, and give them column by column."""
-    if min(rows, columns) == 1:
-        yield from stream
-        return
-    while block := list(itertools.islice(stream, rows * columns)):
-        for column in range(columns):
-            yield from block[column::columns]
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        number, image = sample
+        with isolated_generators(step_seed(self.seed, number)):
+            return self.mapper(self.records[image])

@@ -4,8 +4,6 @@ import functools
 import json
 from importlib import resources
 
-__all__ = ["lvis_v1_counts"]
-
 
 @functools.cache
 def lvis_v1_counts() -> dict[str, list[int]]:

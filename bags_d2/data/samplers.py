@@ -18,17 +18,6 @@ from torch.utils.data import Sampler
 from ..errors import ConfigError, DataError
 from .class_statistics import training_class_counts
 
-__all__ = [
-    "EPOCH_SAMPLERS",
-    "EpochSampler",
-    "class_balanced_order",
-    "epoch_order",
-    "expected_draws",
-    "instance_classes",
-    "repeated_order",
-    "shuffled",
-]
-
 EpochOrder = Callable[[torch.Generator], torch.Tensor]
 
 # Values of DATALOADER.SAMPLER_TRAIN:
@@ -55,23 +44,17 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, order: EpochOrder, seed: int | None = None) -> None:
-        """
-        Args:
-            order: positions of an epoch's images.
-            seed: of the stream; must be the same in all processes. None draws a common one.
-        """
+        """The seed must be the same in all processes; None draws a common one."""
         self.order = order
         self.seed = comm.shared_random_seed() if seed is None else seed
         # Asked now: iteration takes place in the loader's worker processes.
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._stream(), self.rank, None, self.world_size)
-
-    def _stream(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield from self.order(generator).tolist()
+        epochs = (self.order(generator).tolist() for _ in itertools.count())
+        stream = itertools.chain.from_iterable(epochs)
+        return itertools.islice(stream, self.rank, None, self.world_size)
 
 
 def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
@@ -79,31 +62,24 @@ def epoch_order(cfg: CfgNode, records: Sequence[dict]) -> EpochOrder:
 
     Args:
         cfg: the config.
-        records: Detectron2's records of the training images; of ``TrainingSampler`` only their
-            number counts.
+        records: Detectron2's; of ``TrainingSampler`` only their number counts.
 
     Raises:
         ConfigError: if there is no such sampler here.
         DataError: if no image has what the sampler is to draw.
     """
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == RANDOM:
-        return functools.partial(shuffled, torch.arange(len(records)))
+    name, draws = cfg.DATALOADER.SAMPLER_TRAIN, expected_draws(cfg, records)
     if name in (RFS, IRFS):
-        return functools.partial(repeated_order, expected_draws(cfg, records))
+        return functools.partial(repeated_order, draws)
     if name == E_IRFS:
-        return functools.partial(weighted_order, expected_draws(cfg, records))
+        return functools.partial(weighted_order, draws)
     if name == CLASS_BALANCED:
-        images_of_class = _images_of_classes(records)
-        return functools.partial(class_balanced_order, images_of_class, len(records))
-    return functools.partial(shuffled, expected_draws(cfg, records).nonzero().flatten())
+        return functools.partial(class_balanced_order, _images_of_classes(records), len(records))
+    return functools.partial(shuffled, draws.nonzero().flatten())
 
 
 def expected_draws(cfg: CfgNode, records: Sequence[dict]) -> torch.Tensor:
     """How often an epoch of ``DATALOADER.SAMPLER_TRAIN`` takes each image, on average.
-
-    Args:
-        cfg, records: as for :func:`epoch_order`.
 
     Returns:
         Float tensor (N,); its sum is the length of an epoch.
@@ -153,21 +129,14 @@ def shuffled(positions: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def repeated_order(factors: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """An epoch in which image i comes ``factors[i]`` times on average.
+    """An epoch in which image i comes ``factors[i]`` (N,), 1 or more, times on average.
 
     The fraction is rounded up or down at random, as in Detectron2's sampler (Gupta et al., CVPR
-    2019).
-
-    Args:
-        factors: (N,), 1 or more.
-        generator: source of randomness.
-
-    Returns:
-        Positions, in random order.
+    2019). Returns positions in random order.
     """
     up = torch.rand(len(factors), generator=generator) < factors.frac()
     positions = torch.arange(len(factors)).repeat_interleave(factors.long() + up)
-    return positions[torch.randperm(len(positions), generator=generator)]
+    return shuffled(positions, generator)
 
 
 def weighted_order(draws: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -178,23 +147,15 @@ def weighted_order(draws: torch.Tensor, generator: torch.Generator) -> torch.Ten
 def class_balanced_order(
     images_of_class: Sequence[torch.Tensor], num_draws: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draws of a class, each as likely as any other, and then of one of its images.
+    """Draws (num_draws,) of a class, each as likely as any other, and then of one of its images.
 
-    Args:
-        images_of_class: positions of the images of each class that has any.
-        num_draws: length of the epoch.
-        generator: source of randomness.
-
-    Returns:
-        Positions (num_draws,).
+    ``images_of_class`` has the positions of the images of each class that has any.
     """
     sizes = torch.tensor([len(images) for images in images_of_class])
     starts = sizes.cumsum(0) - sizes
     classes = torch.randint(len(sizes), (num_draws,), generator=generator)
-    within = (
-        torch.rand(num_draws, generator=generator, dtype=torch.float64) * sizes[classes]
-    ).long()
-    return torch.cat(list(images_of_class))[starts[classes] + within]
+    within = torch.rand(num_draws, generator=generator, dtype=torch.float64) * sizes[classes]
+    return torch.cat(list(images_of_class))[starts[classes] + within.long()]
 
 
 def _scarcity(records: Sequence[dict], threshold: float) -> dict[int, float]:
@@ -208,9 +169,8 @@ def _scarcity(records: Sequence[dict], threshold: float) -> dict[int, float]:
 def _greatest_of_image(
     records: Sequence[dict], of_class: dict[int, float], empty: float
 ) -> torch.Tensor:
-    return torch.tensor(
-        [max((of_class[c] for c in _classes_of(r)), default=empty) for r in records]
-    )
+    greatest = (max(map(of_class.get, _classes_of(r)), default=empty) for r in records)
+    return torch.tensor(list(greatest))
 
 
 def _images_of_classes(records: Sequence[dict]) -> list[torch.Tensor]:

@@ -1,20 +1,17 @@
 """Evaluation of checkpoints, and of many classifiers of one detector in a single pass."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import LongTailCheckpointer
 from ..errors import ConfigError
-from ..utils.files import write_json
-from .trainer import BAGSTrainer
+from .trainer import BAGSTrainer, write_results
 
 __all__ = ["evaluate_classifiers", "load_for_evaluation"]
 
@@ -48,7 +45,7 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
     Raises:
         ConfigError: if two models differ in more than the classifier.
     """
-    shared, predictors, evaluators = None, [], []
+    shared, evaluators = None, []
     for cfg in cfgs:
         model = load_for_evaluation(cfg).eval()
         if shared is None:
@@ -58,11 +55,9 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
                 f"'{cfg.MODEL.WEIGHTS}' and '{cfgs[0].MODEL.WEIGHTS}' differ in '{difference}', "
                 "not in the classifier alone; evaluate them one by one with --eval-only."
             )
-        predictors.append(model.roi_heads.box_predictor)
+        shared.add(model.roi_heads)
         evaluators.append(BAGSTrainer.build_evaluators(cfg, model))
-        if comm.is_main_process():
-            _results_file(cfg).unlink(missing_ok=True)
-    shared.predictors = nn.ModuleList(predictors)
+        write_results(cfg, None)
     results = [{} for _ in cfgs]
     for i, name in enumerate(cfgs[0].DATASETS.TEST):
         each = _EachEvaluator([of_model[i] for of_model in evaluators])
@@ -72,39 +67,42 @@ def evaluate_classifiers(cfgs: Sequence[CfgNode]) -> None:
         ):
             found[name] = measures
     for cfg, found in zip(cfgs, results, strict=True):
-        if comm.is_main_process():
-            write_json(_results_file(cfg), found[name] if len(found) == 1 else found)
+        write_results(cfg, found[name] if len(found) == 1 else found)
 
 
 class SharedDetector(nn.Module):
-    """A detector with several box predictors: for each image it gives a list of outputs."""
+    """A detector with RoI heads that differ in their predictors: a list of outputs for an image."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
-        self.predictors = nn.ModuleList()
-        heads = model.roi_heads
-        heads.box_pooler = self._pooler = _Replay(heads.box_pooler)
+        self.heads = nn.ModuleList()
+        box_head = model.roi_heads.box_head
+        self._pooler = _Replay(model.roi_heads.box_pooler)
         # The box heads of a cascade's stages, whose boxes do not depend on the classifiers.
-        if isinstance(heads.box_head, nn.ModuleList):
-            self._heads = [_Replay(head) for head in heads.box_head]
-            heads.box_head = nn.ModuleList(self._heads)
+        if isinstance(box_head, nn.ModuleList):
+            self._box_head = nn.ModuleList(map(_Replay, box_head))
+            self._replays = [self._pooler, *self._box_head]
         else:
-            heads.box_head = _Replay(heads.box_head)
-            self._heads = [heads.box_head]
+            self._box_head = _Replay(box_head)
+            self._replays = [self._pooler, self._box_head]
+
+    def add(self, heads: nn.Module) -> None:
+        """Add RoI heads; all but their predictors is taken from the first ones."""
+        heads.box_pooler, heads.box_head = self._pooler, self._box_head
+        self.heads.append(heads)
 
     def forward(self, inputs: list[dict]) -> list[list[dict]]:
         images = self.model.preprocess_image(inputs)
         features = self.model.backbone(images.tensor)
         proposals, _ = self.model.proposal_generator(images, features)
         outputs: list[list[dict]] = [[] for _ in inputs]
-        for module in (self._pooler, *self._heads):
+        for module in self._replays:
             module.forget()
-        for predictor in self.predictors:
-            for module in (self._pooler, *self._heads):
+        for heads in self.heads:
+            for module in self._replays:
                 module.rewind()
-            self.model.roi_heads.box_predictor = predictor
-            instances, _ = self.model.roi_heads(images, features, proposals)
+            instances, _ = heads(images, features, proposals)
             for of_image, x, found, size in zip(
                 outputs, inputs, instances, images.image_sizes, strict=True
             ):
@@ -151,10 +149,6 @@ class _EachEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> list[dict]:
         return [evaluator.evaluate() for evaluator in self.evaluators]
-
-
-def _results_file(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "inference" / "results.json"
 
 
 def _difference(shared: nn.Module, model: nn.Module) -> str | None:

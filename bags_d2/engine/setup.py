@@ -15,7 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from ..config import (
     CONFIGS,
@@ -32,6 +34,7 @@ from ..data.datasets import missing_dataset_message, register_from_config
 from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
+from ..utils.quiet import shorten_console
 from ..utils.settings import select_config
 
 __all__ = [
@@ -122,7 +125,14 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def setup_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's ``default_setup``, which opens the config file, for a config of any name."""
+    """Detectron2's ``default_setup``, which opens the config file, for a config of any name.
+
+    What it says of environment and config goes to the log file alone.
+    """
+    # With its very arguments, since others would add a second handler.
+    console = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    shorten_console(console)
+    console.info("Environment, config and model are described in '%s/log.txt'.", cfg.OUTPUT_DIR)
     changes = {"config_file": find_config(args.config_file)[0]}
     default_setup(cfg, argparse.Namespace(**{"eval_only": False, **vars(args), **changes}))
 

@@ -15,7 +15,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -28,7 +28,7 @@ from ..data.class_statistics import ClassStatistics
 from ..data.datasets import register_from_config
 from ..data.loader import LongTailDatasetMapper, build_resumable_loader
 from ..errors import BagsError, ConfigError
-from ..evaluation import LongTailCOCOEvaluator, LongTailLVISEvaluator
+from ..evaluation import LabelCheck, LongTailCOCOEvaluator, LongTailLVISEvaluator
 from ..modeling import lazy_model  # noqa: F401, registers the model of LazyConfigs
 from ..modeling.class_groups import ClassCounts, ClassGroups
 from ..modeling.test_time_augmentation import GeneralizedRCNNWithTTA
@@ -39,7 +39,7 @@ from ..utils.seeding import seed_generators, step_seed
 from .finite import GuardedAMPTrainer, GuardedSimpleTrainer
 from .freezing import freeze_norm_statistics, select_trainable_params, skip_frozen_parts
 
-__all__ = ["BAGSTrainer"]
+__all__ = ["BAGSTrainer", "write_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -238,14 +238,22 @@ class BAGSTrainer(DefaultTrainer):
     def build_evaluators(
         cls, cfg: CfgNode, model: nn.Module, output_folder: str | None = None
     ) -> list[DatasetEvaluator]:
-        """One for each of ``DATASETS.TEST``, with the names and counts that the model knows."""
+        """One for each of ``DATASETS.TEST``, with the names and counts that the model knows.
+
+        Where the model has a box head, labels are checked in the same pass.
+        """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         classes = ClassStatistics.from_model(cfg, model)
         counts, names = classes.training_instances, classes.names
-        return [
-            cls.build_evaluator(cfg, name, os.path.join(output_folder, name), counts, names)
-            for name in cfg.DATASETS.TEST
-        ]
+        heads, evaluators = LabelCheck.heads_of(model), []
+        for name in cfg.DATASETS.TEST:
+            folder = os.path.join(output_folder, name)
+            evaluator = cls.build_evaluator(cfg, name, folder, counts, names)
+            if heads is not None:
+                check = LabelCheck(heads, name, folder, names, cfg.TEST.COMMON_CLASSES_ONLY)
+                evaluator = DatasetEvaluators([evaluator, check])
+            evaluators.append(evaluator)
+        return evaluators
 
     @classmethod
     def test(
@@ -267,14 +275,12 @@ class BAGSTrainer(DefaultTrainer):
             Metrics in percent by task, by data set first if there are several.
         """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        results_file = Path(output_folder) / "results.json"
         if evaluators is None:
             evaluators = cls.build_evaluators(cfg, model, output_folder)
-        if comm.is_main_process():
-            results_file.unlink(missing_ok=True)  # stale as soon as new detections are written
+        write_results(cfg, None, output_folder)
         results = super().test(cfg, model, evaluators)
-        if comm.is_main_process() and results:
-            write_json(results_file, results)
+        if results:
+            write_results(cfg, results, output_folder)
         return results
 
     @classmethod
@@ -285,6 +291,20 @@ class BAGSTrainer(DefaultTrainer):
             cfg, GeneralizedRCNNWithTTA(cfg, model), output_folder=f"{cfg.OUTPUT_DIR}/inference_TTA"
         )
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def write_results(cfg: CfgNode, results: dict | None, folder: str | None = None) -> None:
+    """Write the metrics of an evaluation to ``results.json``, in the main process.
+
+    None removes the file: it is stale as soon as new detections are written.
+    """
+    path = Path(folder or os.path.join(cfg.OUTPUT_DIR, "inference")) / "results.json"
+    if not comm.is_main_process():
+        return
+    if results is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, results)
 
 
 class _SeededSteps(HookBase):

@@ -6,17 +6,13 @@ of Dave et al. (2021), "Evaluating Large-Vocabulary Object Detectors: The Devil 
 takes the best 10,000 detections of each class over the data set, however many an image has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 
 import numpy as np
-from hotcoco import COCO, COCOeval
+from hotcoco import COCOeval
 
-from .detections import CATEGORY, IMAGE, SCORE, matchable
+from .detections import CATEGORY, IMAGE, best_rows, match, matchable
 from .ground_truth import GroundTruth
-
-__all__ = ["BestDetections", "evaluate_without_image_cap"]
 
 
 class BestDetections:
@@ -45,7 +41,7 @@ class BestDetections:
             self.detections()
 
     @staticmethod
-    def merge(parts: Sequence[BestDetections], images: Sequence[Set[int]]) -> BestDetections:
+    def merge(parts: Sequence["BestDetections"], images: Sequence[Set[int]]) -> "BestDetections":
         """Merge the processes' parts into the first; the first that saw an image counts."""
         merged, seen = parts[0], set(images[0])
         for part, part_images in zip(parts[1:], images[1:], strict=True):
@@ -59,11 +55,7 @@ class BestDetections:
         """Rows (N, 7) and masks (N,) of what is kept: by category id, best first."""
         if self._new:
             rows, masks = (np.concatenate(c) for c in zip(self._kept, *self._new, strict=True))
-            # Stable: equal scores in an image stay as the detector ordered them.
-            order = np.lexsort((rows[:, IMAGE], -rows[:, SCORE], rows[:, CATEGORY]))
-            categories = rows[order, CATEGORY]
-            rank = np.arange(len(order)) - np.searchsorted(categories, categories)
-            order = order[rank < self.per_class]
+            order = best_rows(rows, CATEGORY, self.per_class)
             self._kept, self._new = (rows[order], masks[order]), []
             self._size = len(order)
             # Twice as many next time: every detection is then sorted a few times only.
@@ -79,12 +71,4 @@ class BestDetections:
 def evaluate_without_image_cap(truth: GroundTruth, best: BestDetections, task: str) -> COCOeval:
     """Match detections in LVIS style, however many an image has; to be accumulated."""
     # After the limit, so that a detection without area takes a place: lvis-api's order.
-    rows, masks = matchable(*best.detections(), task)
-    ground_truth = COCO(truth.as_coco(task, lvis=True))
-    results = ground_truth.load_res(rows, segmentation=masks)
-    # Marked as capped, or hotcoco would take the best 300 of each image after all.
-    results = results.cap_detections_per_image(None)
-    evaluation = COCOeval(ground_truth, results, task, lvis_style=True)
-    evaluation.params.max_dets = [max(len(rows), 1)]
-    evaluation.evaluate()
-    return evaluation
+    return match(truth, *matchable(*best.detections(), task), task, lvis=True)

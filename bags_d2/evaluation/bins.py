@@ -4,9 +4,6 @@ Shapes: K classes of the model, C evaluated categories, T IoU thresholds, R reca
 ranges of object sizes, M limits of detections per image. n count thresholds make n + 1 bins.
 """
 
-from __future__ import annotations
-
-import itertools
 import logging
 import math
 import os
@@ -19,15 +16,6 @@ from tabulate import tabulate
 from ..errors import ConfigError, DataError
 from ..utils.files import write_csv
 from .ground_truth import GroundTruth
-
-__all__ = [
-    "DEFAULT_COUNT_THRESHOLDS",
-    "ClassReport",
-    "Counts",
-    "ap_per_bin",
-    "balanced_ap",
-    "bin_index",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +30,13 @@ _COLUMNS = (
 
 
 def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS) -> np.ndarray:
-    """Find the bin of each count among half-open bins.
+    """Find the bin of each count (K,) among half-open bins, 0 for the smallest counts.
 
     Thresholds (10, 100, 1000) make the bins [0, 10), [10, 100), [100, 1000) and [1000, inf), for
     which the Balanced Group Softmax paper reports AP.
 
-    Args:
-        counts: (K,) training instances of each class.
-        thresholds: strictly ascending positive bounds.
-
-    Returns:
-        (K,) bin of each class, 0 for the smallest counts.
-
     Raises:
-        ConfigError: if the thresholds do not ascend.
+        ConfigError: if the thresholds are not positive or do not ascend.
         DataError: if a count is negative.
     """
     bounds = np.asarray(thresholds)
@@ -63,7 +44,7 @@ def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOL
         raise ConfigError(
             f"count_thresholds must be positive and strictly ascending, not {tuple(thresholds)}."
         )
-    counts = _array(counts)
+    counts = torch.as_tensor(counts).cpu().numpy()
     if np.any(counts < 0):
         raise DataError(f"class_counts must not be negative, but the smallest is {counts.min()}.")
     return np.searchsorted(bounds, counts, side="right")
@@ -74,13 +55,12 @@ def ap_per_bin(
     class_counts: Counts,
     thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOLDS,
 ) -> dict[str, float]:
-    """Average AP over the classes of each bin.
+    """Average AP over the classes of each bin of training instances.
 
     Args:
-        per_class_ap: (K,) AP of each class, NaN for a class without ground truth, which says
-            nothing about the detector and is left out.
-        class_counts: (K,) training instances of each class.
-        thresholds: bounds of the bins, see `bin_index`.
+        per_class_ap: (K,) NaN for a class without ground truth, which says nothing about the
+            detector and is left out.
+        class_counts, thresholds: (K,) training instances, and bounds of the bins; see `bin_index`.
 
     Returns:
         {"AP1": ..., "AP2": ...} from the fewest training instances to the most, in the unit of
@@ -91,17 +71,17 @@ def ap_per_bin(
     """
     ap = np.asarray(per_class_ap, dtype=np.float64)
     bins = bin_index(_count_array(class_counts, len(ap)), thresholds)
-    return {f"AP{i + 1}": _defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
+    return {f"AP{i + 1}": defined_mean(ap[bins == i]) for i in range(len(thresholds) + 1)}
 
 
 def balanced_ap(bin_aps: Mapping[str, float]) -> float:
     """Average the defined values of `ap_per_bin`, so that each bin weighs the same; NaN if none."""
-    return _defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
+    return defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
 
 
 def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
     """The counts as a (K,) array; DataError if there is not exactly one per class."""
-    counts = _array(class_counts)
+    counts = torch.as_tensor(class_counts).cpu().numpy()
     if counts.shape != (num_classes,):
         raise DataError(
             f"class_counts has shape {counts.shape}, but the evaluated model has {num_classes} "
@@ -170,19 +150,20 @@ class ClassReport:
 
     def _bin_table(self, ap: np.ndarray, bin_aps: dict[str, float]) -> str:
         bins = bin_index(self._counts, self._thresholds)
-        bounds = itertools.pairwise([0, *self._thresholds, math.inf])
-        rows = [
-            (name, f"[{low}, {high})", (bins == i).sum(), (~np.isnan(ap[bins == i])).sum(), bin_ap)
-            for i, ((name, bin_ap), (low, high)) in enumerate(
-                zip(bin_aps.items(), bounds, strict=True)
-            )
-        ]
+        bounds = [0, *self._thresholds, math.inf]
+        rows = []
+        for i, (name, bin_ap) in enumerate(bin_aps.items()):
+            found = ap[bins == i]
+            span = f"[{bounds[i]}, {bounds[i + 1]})"
+            rows.append((name, span, len(found), (~np.isnan(found)).sum(), bin_ap))
         rows.append(("bAP", "", "", "", balanced_ap(bin_aps)))
+        rows = [(*cells, None if math.isnan(value) else value) for *cells, value in rows]
         headers = ("", "training instances", "classes", "evaluated", "AP")
-        return tabulate(rows, headers, "pipe", ".3f")
+        return tabulate(rows, headers, "pipe", ".3f", missingval="-")
 
 
-def _defined_mean(values: np.ndarray) -> float:
+def defined_mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")
 
@@ -191,7 +172,3 @@ def _percent_ap(precision: np.ndarray) -> np.ndarray:
     """(C,) AP in percent from precision (T, R, C), NaN for classes without ground truth."""
     no_ground_truth = (precision < 0).any(axis=(0, 1))
     return np.where(no_ground_truth, np.nan, 100 * precision.mean(axis=(0, 1)))
-
-
-def _array(counts: Counts) -> np.ndarray:
-    return np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)

@@ -12,17 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from hotcoco import COCO, COCOeval
 
 from ..errors import ConfigError
-from .bins import DEFAULT_COUNT_THRESHOLDS, Counts, ap_per_bin, balanced_ap
-from .detections import SCORE, matchable, to_rows
+from .bins import DEFAULT_COUNT_THRESHOLDS, Counts, ap_per_bin, balanced_ap, defined_mean
+from .detections import ANY_SIZE, IMAGE, best_rows, match, matchable, to_rows
 from .ground_truth import GroundTruth
 
-__all__ = ["Matches", "bootstrap_ap", "bootstrap_measures", "draw_images", "match_detections"]
-
 _MAX_DETS = {"lvis": 300, "coco": 100}  # of an image; of an image and a class
-_ANY_SIZE = [0.0, 1e10]
 _RECALLS = np.linspace(0, 1, 101)
 
 
@@ -38,41 +34,20 @@ class Matches(NamedTuple):
 def match_detections(
     truth: GroundTruth, detections: Sequence[dict], task: str = "bbox", *, lvis: bool
 ) -> list[Matches]:
-    """Match detections with the ground truth, in the style of COCO or of LVIS.
-
-    Args:
-        truth: what to match with.
-        detections: dicts of COCO's and LVIS's results format.
-        task: "bbox" or "segm".
-        lvis: whether the annotations are federated.
+    """Match detections (of COCO's and LVIS's results format) in the style of COCO or of LVIS.
 
     Returns:
         One for each of ``truth.categories``.
     """
-    ground_truth = COCO(truth.as_coco(task, lvis=lvis))
-    ids = truth.annotations.categories
-    images = truth.annotations.images
-    inside = [
-        {
-            **d,
-            "image_id": images.inside[truth.image_position(d["image_id"])],
-            "category_id": ids.inside[ids.position(d["category_id"])],
-        }
-        for d in detections
-    ]
-    rows, masks = to_rows(inside, (task,))
+    rows, masks = to_rows(truth.with_inside_ids(detections), (task,))
     if lvis:
-        rows, masks = _best_of_images(rows, masks, _MAX_DETS["lvis"])
+        kept = np.sort(best_rows(rows, IMAGE, _MAX_DETS["lvis"]))
+        rows, masks = rows[kept], masks[kept]
+    max_dets = [_MAX_DETS["lvis" if lvis else "coco"]]
     rows, masks = matchable(rows, masks, task)
-    results = ground_truth.load_res(rows, segmentation=masks)
-    if lvis:
-        results = results.cap_detections_per_image(None)
-    evaluation = COCOeval(ground_truth, results, task, lvis_style=lvis)
-    evaluation.params.max_dets = [_MAX_DETS["lvis" if lvis else "coco"]]
-    evaluation.params.area_rng, evaluation.params.area_rng_lbl = [_ANY_SIZE], ["all"]
-    evaluation.evaluate()
+    evaluation = match(truth, rows, masks, task, lvis=lvis, max_dets=max_dets, **ANY_SIZE)
 
-    position = {image_id: i for i, image_id in enumerate(images.inside)}
+    position = {image_id: i for i, image_id in enumerate(truth.annotations.images.inside)}
     of_category = defaultdict(list)
     for found in evaluation.eval_imgs:
         if found is not None:
@@ -110,9 +85,7 @@ def bootstrap_measures(
     rows = []
     for ap in class_ap:
         bins = ap_per_bin(ap, class_counts, thresholds)
-        defined = ap[~np.isnan(ap)]
-        mean = float(defined.mean()) if defined.size else np.nan
-        rows.append({"AP": mean, **bins, "bAP": balanced_ap(bins)})
+        rows.append({"AP": defined_mean(ap), **bins, "bAP": balanced_ap(bins)})
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -130,16 +103,6 @@ def interval(
     shift = 0.0 if measured is None else measured - float(np.nanmean(values))
     low, high = np.nanpercentile(values, [tail, 100 - tail]) + shift
     return float(low), float(high)
-
-
-def _best_of_images(
-    rows: np.ndarray, masks: np.ndarray, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((-rows[:, SCORE], rows[:, 0]))  # stable, by image and then by score
-    images = rows[order, 0]
-    rank = np.arange(len(order)) - np.searchsorted(images, images)
-    kept = np.sort(order[rank < limit])
-    return rows[kept], masks[kept]
 
 
 def _matches(found: Sequence[dict], position: dict[int, int], num_thresholds: int) -> Matches:

@@ -1,7 +1,5 @@
 """Detectron2's COCO evaluation with AP by training instances."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from pycocotools.cocoeval import COCOeval
 from ..utils.files import load_json, write_json
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
 from .ground_truth import GroundTruth
-
-__all__ = ["LongTailCOCOEvaluator"]
 
 
 class LongTailCOCOEvaluator(COCOEvaluator):
@@ -45,9 +41,6 @@ class LongTailCOCOEvaluator(COCOEvaluator):
             tasks, distributed, output_dir, **kwargs: see `COCOEvaluator`.
             class_counts, class_names, common_classes_only, count_thresholds: see
                 `LongTailLVISEvaluator`.
-
-        Raises:
-            MissingFileError, DataError, ConfigError: as `LongTailLVISEvaluator`.
         """
         self._truth = GroundTruth.of_dataset(dataset_name, class_names, common_classes_only)
         self._report = ClassReport(self._truth, class_counts, count_thresholds, output_dir)

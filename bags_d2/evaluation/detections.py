@@ -1,19 +1,21 @@
 """Detections as hotcoco takes them fastest: an array of boxes, and masks beside it.
 
+What is not finite, or lacks the box or mask of a task, is a PredictionError.
+
 Shapes: N detections. A row is (image id, x, y, width, height, score, category id).
 """
-
-from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pycocotools.mask as mask_utils
 from detectron2.structures import BoxMode, Instances
+from hotcoco import COCO, COCOeval
 
-from .ground_truth import PredictionError
+from .ground_truth import GroundTruth, PredictionError
 
-__all__ = ["CATEGORY", "IMAGE", "SCORE", "instances_to_rows", "masks_of", "matchable", "to_rows"]
+# Of match(): AP of all sizes alone.
+ANY_SIZE = {"area_rng": [[0.0, 1e10]], "area_rng_lbl": ["all"]}
 
 IMAGE, _WIDTH, _HEIGHT, SCORE, CATEGORY = 0, 3, 4, 5, 6
 _GEOMETRY_KEYS = {"bbox": "bbox", "segm": "segmentation"}  # by task
@@ -24,27 +26,18 @@ def to_rows(detections: Sequence[Mapping], tasks: Collection[str]) -> tuple[np.n
 
     Returns:
         Rows (N, 7) and masks (N,) in run-length code, None where ``tasks`` need none.
-
-    Raises:
-        PredictionError: for non-finite numbers, and if a detection lacks the box or mask of a task.
     """
     masks = masks_of(detections, tasks)
-    rows = np.array(
-        [
-            (d["image_id"], *d.get("bbox", (0, 0, 0, 0)), d["score"], d["category_id"])
-            for d in detections
-        ],
-        dtype=np.float64,
-    ).reshape(-1, 7)
+    rows = [
+        (d["image_id"], *d.get("bbox", (0, 0, 0, 0)), d["score"], d["category_id"])
+        for d in detections
+    ]
+    rows = np.array(rows, dtype=np.float64).reshape(-1, 7)
     return _finite(rows), masks
 
 
 def masks_of(detections: Sequence[Mapping], tasks: Collection[str]) -> np.ndarray:
-    """Masks (N,) in run-length code, None where ``tasks`` need none.
-
-    Raises:
-        PredictionError: if a detection lacks the box or mask of a task.
-    """
+    """Masks (N,) in run-length code, None where ``tasks`` need none."""
     for key in [_GEOMETRY_KEYS[task] for task in tasks]:
         for detection in detections:
             if key not in detection:
@@ -59,11 +52,7 @@ def masks_of(detections: Sequence[Mapping], tasks: Collection[str]) -> np.ndarra
 def instances_to_rows(
     instances: Instances, image_id: int, category_ids: Sequence[int]
 ) -> np.ndarray:
-    """Rows (N, 7) of Detectron2's detections, ``category_ids`` those of each ``pred_classes``.
-
-    Raises:
-        PredictionError: for non-finite numbers.
-    """
+    """Rows (N, 7) of Detectron2's detections, ``category_ids`` those of each ``pred_classes``."""
     rows = np.empty((len(instances), 7))
     rows[:, IMAGE] = image_id
     boxes = instances.pred_boxes.tensor.numpy()
@@ -92,3 +81,33 @@ def matchable(rows: np.ndarray, masks: np.ndarray, task: str) -> tuple[np.ndarra
         rows[:, _HEIGHT] = 1
     has_area = rows[:, _WIDTH] * rows[:, _HEIGHT] > 0
     return rows[has_area], masks[has_area].tolist() if task == "segm" else None
+
+
+def best_rows(rows: np.ndarray, column: int, limit: int) -> np.ndarray:
+    """Indices of the best rows of each image or category (a column), in its order, best first.
+
+    Equal scores are ordered by image and then stay as the detector ordered them.
+    """
+    order = np.lexsort((rows[:, IMAGE], -rows[:, SCORE], rows[:, column]))
+    groups = rows[order, column]
+    return order[np.arange(len(order)) - np.searchsorted(groups, groups) < limit]
+
+
+def match(
+    truth: GroundTruth, rows: np.ndarray, masks: list | None, task: str, *, lvis: bool, **params
+) -> COCOeval:
+    """Match all of these detections with the ground truth, in the style of COCO or of LVIS.
+
+    ``params`` are hotcoco's; ``max_dets`` limits COCO's detections of an image and a class.
+    """
+    ground_truth = COCO(truth.as_coco(task, lvis=lvis))
+    results = ground_truth.load_res(rows, segmentation=masks)
+    if lvis:
+        # Marked as capped, or hotcoco would take the best 300 of each image after all.
+        results = results.cap_detections_per_image(None)
+    evaluation = COCOeval(ground_truth, results, task, lvis_style=lvis)
+    evaluation.params.max_dets = [max(len(rows), 1)]
+    for name, value in params.items():
+        setattr(evaluation.params, name, value)
+    evaluation.evaluate()
+    return evaluation

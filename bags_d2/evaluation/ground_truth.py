@@ -1,8 +1,7 @@
 """What an annotation file has to be evaluated, with its classes matched to the model's by name."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from ..data.annotations import AnnotationSet, Id
 from ..data.build import evaluated_classes
 from ..data.datasets import evaluated_annotations
 from ..errors import DataError
-
-__all__ = ["GroundTruth", "PredictionError"]
 
 
 class PredictionError(DataError):
@@ -52,10 +49,12 @@ class GroundTruth:
         self.num_classes = len(classes if class_names is None else class_names)
         positions = np.flatnonzero(classes >= 0)
         self.classes = classes[positions]
-        self.instances = self.annotations.instance_counts()[positions]
-        ids, names = self.annotations.categories.inside, self.annotations.names
+        self._evaluated = np.full(len(classes), -1)  # by position in the file
+        self._evaluated[positions] = np.arange(len(positions))
+        self.instances = annotations.instance_counts()[positions]
+        ids, names = annotations.categories.inside, annotations.names
         self.categories = [
-            {"id": ids[p], "name": names[p], "frequency": self.annotations.frequencies[p]}
+            {"id": ids[p], "name": names[p], "frequency": annotations.frequencies[p]}
             for p in positions
         ]
         self.category_ids = np.array([category["id"] for category in self.categories])
@@ -69,7 +68,7 @@ class GroundTruth:
         name: str,
         class_names: Sequence[str] | None = None,
         common_classes_only: bool = False,
-    ) -> GroundTruth:
+    ) -> "GroundTruth":
         """That of a data set; see :func:`evaluated_annotations`."""
         metadata = MetadataCatalog.get(name)
         return cls(evaluated_annotations(name), metadata, class_names, common_classes_only)
@@ -93,17 +92,20 @@ class GroundTruth:
         truths = self.annotations.ground_truth(position, task, lvis=lvis)
         return [truth for truth in truths if truth["category_id"] in self._known]
 
+    def objects(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Objects of evaluated categories in an image: their rows, and their categories below C."""
+        rows = np.array(self.annotations.rows_of_image(position), dtype=np.int64)
+        rows = rows[self.annotations.is_object[rows]]
+        categories = self._evaluated[self.annotations.classes[rows]]
+        return rows[categories >= 0], categories[categories >= 0]
+
     def as_coco(self, task: str | None, *, lvis: bool) -> dict:
         """The whole in COCO's format; without "annotations" if the file has none."""
         positions = range(len(self.annotations.images))
-        content = {
-            "images": [self.image_row(position) for position in positions],
-            "categories": self.categories,
-        }
+        content = {"images": [*map(self.image_row, positions)], "categories": self.categories}
         if self.annotations.has_annotations:
-            content["annotations"] = [
-                truth for p in positions for truth in self.truths(p, task, lvis=lvis)
-            ]
+            truths = (self.truths(p, task, lvis=lvis) for p in positions)
+            content["annotations"] = list(itertools.chain.from_iterable(truths))
         return content
 
     def image_position(self, image_id: Id) -> int:
@@ -131,6 +133,23 @@ class GroundTruth:
         is_evaluated = instances.pred_classes >= 0
         # Indexing copies all masks.
         return instances if is_evaluated.all() else instances[is_evaluated]
+
+    def with_inside_ids(self, detections: Iterable[Mapping]) -> list[dict]:
+        """Detections with the ids of inside; PredictionError if one is unknown."""
+        images, categories = self.annotations.images, self.annotations.categories
+        found = []
+        for detection in detections:
+            image = images.inside[self.image_position(detection["image_id"])]
+            category = categories.position(detection["category_id"])
+            if category is None:
+                raise PredictionError(
+                    f"A detection in image {detection['image_id']} is of category "
+                    f"{detection['category_id']}, which {self.path} does not list; use the file's "
+                    "category ids."
+                )
+            ids = {"image_id": image, "category_id": categories.inside[category]}
+            found.append({**detection, **ids})
+        return found
 
     def with_file_ids(self, detections: Sequence[dict]) -> Sequence[dict]:
         """Detections with the ids of the file, as they are written for users."""

@@ -5,13 +5,10 @@ needs only that image, so here each image is matched when it is processed (by ho
 matches are kept and sent between processes: about 0.6 kB per image instead of 300 detections.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -26,10 +23,17 @@ from ..errors import ConfigError, DataError
 from ..utils.files import write_atomically
 from .ap_fixed import BestDetections, evaluate_without_image_cap
 from .bins import DEFAULT_COUNT_THRESHOLDS, ClassReport, Counts
-from .detections import SCORE, instances_to_rows, masks_of, matchable, to_rows
+from .detections import (
+    IMAGE,
+    SCORE,
+    best_rows,
+    instances_to_rows,
+    masks_of,
+    match,
+    matchable,
+    to_rows,
+)
 from .ground_truth import GroundTruth, PredictionError
-
-__all__ = ["AnnotationError", "LongTailLVISEvaluator", "evaluate_lvis_predictions"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +64,16 @@ def evaluate_lvis_predictions(
         detections: dicts with "image_id", "category_id", "score" and "bbox" (XYWH, pixels) or
             "segmentation" (compressed run-length code). Images without any count as empty.
         iou_type: "bbox" or "segm".
-        class_counts: (K,) training instances in ascending category id order; None leaves out
-            AP1, AP2, ... and bAP.
-        count_thresholds: bounds of the bins of AP1, AP2, ...
-        max_dets_per_image: the highest scores kept in an image, over all classes; at most 300.
+        class_counts, count_thresholds, max_dets_per_image: see `LongTailLVISEvaluator`; classes are
+            in ascending category id order.
 
     Returns:
         Measure -> percent: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300,
         ARl@300, AP1, AP2, ..., bAP. NaN where nothing in the ground truth defines the measure.
 
     Raises:
-        MissingFileError, DataError: if the annotation file does not exist, is not in LVIS format,
-            or has other classes than the counts.
+        MissingFileError, DataError, ConfigError: as `LongTailLVISEvaluator`.
         PredictionError: for unknown images or categories, missing masks and non-finite numbers.
-        ConfigError: for arguments out of range.
     """
     _check_options((iou_type,), max_dets_per_image)
     truth = GroundTruth(read_annotations(json_file))
@@ -82,24 +82,11 @@ def evaluate_lvis_predictions(
     truth.annotations.require_federated()
     report = ClassReport(truth, class_counts, count_thresholds)
 
-    images, categories = truth.annotations.images, truth.annotations.categories
-    by_image = defaultdict(list)
-    for detection in detections:
-        image = truth.image_position(detection["image_id"])
-        category = categories.position(detection["category_id"])
-        if category is None:
-            raise PredictionError(
-                f"A detection in image {detection['image_id']} is of category "
-                f"{detection['category_id']}, which {truth.path} does not list; use the file's "
-                "category ids."
-            )
-        ids = {"image_id": images.inside[image], "category_id": categories.inside[category]}
-        by_image[image].append({**detection, **ids})
-    stream = _new_stream(truth, iou_type)
-    for position in range(len(images)):
-        rows, masks = to_rows(by_image[position], (iou_type,))
-        _match(stream, truth, iou_type, position, rows, masks, max_dets_per_image)
-    return _measures(stream.finalize(), report, iou_type, f"@{max_dets_per_image}")
+    rows, masks = to_rows(truth.with_inside_ids(detections), (iou_type,))
+    kept = np.sort(best_rows(rows, IMAGE, max_dets_per_image))
+    rows, masks = matchable(rows[kept], masks[kept], iou_type)
+    evaluation = match(truth, rows, masks, iou_type, lvis=True)
+    return _measures(evaluation, report, iou_type, f"@{max_dets_per_image}")
 
 
 class LongTailLVISEvaluator(DatasetEvaluator):
@@ -172,10 +159,9 @@ class LongTailLVISEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all predictions, and start a new results file if one is written."""
-        self._streams = {t: _new_stream(self._truth, t) for t in self._tasks or _TASKS}
-        self._best = None
-        if self._detections_per_class is not None:
-            self._best = BestDetections(self._detections_per_class)
+        self._streams = {task: self._new_stream(task) for task in self._tasks or _TASKS}
+        per_class = self._detections_per_class
+        self._best = None if per_class is None else BestDetections(per_class)
         self._seen: set[int] = set()
         self._mask_presence: set[bool] = set()
         self._results_file = None  # drops that of an evaluation that ended early
@@ -226,8 +212,7 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 masks = masks_of(detections, tasks)
             if truth.annotations.has_annotations:
                 for task in tasks:
-                    stream = self._streams[task]
-                    _match(stream, truth, task, position, rows, masks, self._max_dets_per_image)
+                    self._match(self._streams[task], task, position, rows, masks)
             if self._best is not None:
                 self._best.add(rows, masks)
             if self._results_file is not None:
@@ -269,22 +254,45 @@ class LongTailLVISEvaluator(DatasetEvaluator):
                 "TEST.DETECTIONS_PER_IMAGE.",
                 *(merged.num_full_classes(), len(truth.classes), merged.per_class),
             )
+        have_masks = set().union(*mask_presence)
+        if not self._tasks and len(have_masks) == 2:
+            raise PredictionError(
+                "Some images have pred_masks and others do not: pass tasks=('bbox',) to evaluate "
+                "boxes only."
+            )
         results = {}
-        for task in self._tasks or _tasks_of_predictions(set().union(*mask_presence)):
+        for task in self._tasks or (_TASKS if True in have_masks else ("bbox",)):
             # When streams share an image, the last one counts. With all images empty in the first
             # stream, those that nobody processed are counted without knowing which they are.
-            empty = _new_stream(truth, task)
+            empty = self._new_stream(task)
             for position in range(len(truth.annotations.images)):
-                _match(empty, truth, task, position, *to_rows((), ()), self._max_dets_per_image)
+                self._match(empty, task, position, *to_rows((), ()))
             evaluation = StreamingEval.merge([empty, *(s[task] for s in streams)]).finalize()
-            suffix = f"@{self._max_dets_per_image}"
-            results[task] = _measures(evaluation, self._report, task, suffix)
+            recall_suffix = f"@{self._max_dets_per_image}"
+            results[task] = _measures(evaluation, self._report, task, recall_suffix)
             if merged is not None:
                 evaluation = evaluate_without_image_cap(truth, merged, task)
                 results[f"{task}_fixed"] = _measures(evaluation, self._report, f"{task}_fixed", "")
         for task, metrics in results.items():
-            logger.info("Evaluation results for %s:\n%s", task, create_small_table(metrics))
+            shown = {name: "-" if math.isnan(value) else value for name, value in metrics.items()}
+            logger.info("Evaluation results for %s:\n%s", task, create_small_table(shown))
         return results
+
+    def _new_stream(self, task: str) -> StreamingEval:
+        return StreamingEval(self._truth.categories, task, lvis_style=True)
+
+    def _match(
+        self, stream: StreamingEval, task: str, position: int, rows: np.ndarray, masks: np.ndarray
+    ) -> None:
+        """Match one image's detections (see `to_rows`) with its ground truth.
+
+        In lvis-api's order: the cap comes first and over all classes, so a detection without area
+        takes a place from a better one; equal scores keep the order in which they come.
+        """
+        kept = np.argsort(-rows[:, SCORE], kind="stable")[: self._max_dets_per_image]
+        rows, masks = matchable(rows[kept], masks[kept], task)
+        truths = self._truth.truths(position, task, lvis=True)
+        stream.update([self._truth.image_row(position)], truths, rows, segmentation=masks)
 
     def _warn_of_coverage(self, seen: Sequence[set[int]]) -> None:
         num_images, num_seen = len(self._truth.annotations.images), len(set().union(*seen))
@@ -318,39 +326,6 @@ class _JsonListFile:
     def close(self) -> None:
         self._file.write("]\n")
         self._context.__exit__(None, None, None)
-
-
-def _tasks_of_predictions(mask_presence: set[bool]) -> tuple[str, ...]:
-    if mask_presence == {True, False}:
-        raise PredictionError(
-            "Some images have pred_masks and others do not: pass tasks=('bbox',) to evaluate "
-            "boxes only."
-        )
-    return _TASKS if mask_presence == {True} else ("bbox",)
-
-
-def _new_stream(truth: GroundTruth, task: str) -> StreamingEval:
-    return StreamingEval(truth.categories, task, lvis_style=True)
-
-
-def _match(
-    stream: StreamingEval,
-    truth: GroundTruth,
-    task: str,
-    position: int,
-    rows: np.ndarray,
-    masks: np.ndarray,
-    max_dets: int,
-) -> None:
-    """Match one image's detections (see `to_rows`) with its ground truth.
-
-    In lvis-api's order: the cap comes first and over all classes, so a detection without area takes
-    a place from a better one; equal scores keep the order in which the detector gave them.
-    """
-    kept = np.argsort(-rows[:, SCORE], kind="stable")[:max_dets]
-    rows, masks = matchable(rows[kept], masks[kept], task)
-    truths = truth.truths(position, task, lvis=True)
-    stream.update([truth.image_row(position)], truths, rows, segmentation=masks)
 
 
 def _measures(

@@ -4,8 +4,6 @@ Detections here are structured arrays (N,) of ``DETECTION``: class 0..K-1, score
 an object (IoU of 0.5 or more), and image.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -17,13 +15,11 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from hotcoco import COCO, COCOeval
 
 from ..errors import ConfigError, DataError
 from ..utils.files import load_json, write_json
+from .detections import ANY_SIZE, match
 from .ground_truth import GroundTruth
-
-__all__ = ["DETECTION", "ScoreThresholds", "choose_thresholds", "held_out_summary", "judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +52,8 @@ class ScoreThresholds:
     @classmethod
     def of_checkpoint(
         cls, checkpoint: str | os.PathLike, choice: str | None = None
-    ) -> ScoreThresholds | None:
-        """Those of the file ``choice``; if that is None, those beside the checkpoint, if any.
-
-        "none" takes none.
-        """
+    ) -> "ScoreThresholds | None":
+        """Those of the file ``choice`` ("none": none), else those beside the checkpoint, if any."""
         path = cls.path_of(checkpoint) if choice is None else choice
         if choice == "none" or (choice is None and not path.is_file()):
             return None
@@ -68,7 +61,7 @@ class ScoreThresholds:
         return cls.load(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ScoreThresholds:
+    def load(cls, path: str | os.PathLike) -> "ScoreThresholds":
         """Read a file; MissingFileError without it, DataError if it is of another form."""
         content = load_json(path)
         try:
@@ -101,12 +94,7 @@ def judge(truth: GroundTruth, rows: np.ndarray, *, lvis: bool) -> np.ndarray:
     Those in ignored regions are left out; with ``lvis`` also those of classes that are not
     annotated in the image.
     """
-    ground_truth = COCO(truth.as_coco("bbox", lvis=lvis))
-    evaluation = COCOeval(ground_truth, ground_truth.load_res(rows), "bbox", lvis_style=lvis)
-    params = evaluation.params
-    params.iou_thrs, params.max_dets = [0.5], [max(len(rows), 1)]
-    params.area_rng, params.area_rng_lbl = [[0, 1e10]], ["all"]
-    evaluation.evaluate()
+    evaluation = match(truth, rows, None, "bbox", lvis=lvis, iou_thrs=[0.5], **ANY_SIZE)
     class_of = dict(zip(truth.category_ids.tolist(), truth.classes.tolist(), strict=True))
     found = [
         (class_of[pair["category_id"]], score, right, pair["image_id"])
@@ -123,7 +111,7 @@ def precisions(found: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Precision of each class (K,) at thresholds (K,); NaN where nothing reaches them."""
     kept = found[found["score"] >= thresholds[found["class"]]]
     right, all_kept = (
-        np.bincount(x["class"], minlength=len(thresholds)) for x in (kept[kept["right"]], kept)
+        np.bincount(kept["class"], weights, len(thresholds)) for weights in (kept["right"], None)
     )
     return np.where(all_kept > 0, right / np.maximum(all_kept, 1), np.nan)
 
@@ -149,8 +137,8 @@ def choose_thresholds(
         confidence: at least 0.5, which takes the measured precision as it is, and below 1.
 
     Raises:
-        ConfigError: for values out of range.
-        DataError: if not even all classes together have such a threshold.
+        ConfigError, DataError: for values out of range, and if not even all classes together have
+            such a threshold.
     """
     if not (0 < precision < 1 and 0.5 <= confidence < 1 and min_detections >= 1):
         raise ConfigError(
@@ -178,8 +166,7 @@ def choose_thresholds(
 def held_out_summary(found: np.ndarray, names: Sequence[str], precision: float, *options) -> str:
     """What thresholds chosen on half of the images are worth on the other half, in a sentence.
 
-    Args:
-        found, names, precision, *options: as for :func:`choose_thresholds`.
+    The arguments are those of :func:`choose_thresholds`.
     """
     images = np.random.default_rng(0).permutation(np.unique(found["image"]))
     is_first = np.isin(found["image"], images[: len(images) // 2])

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from ..config import add_bags_config
 from ..errors import ConfigError, DataError, MissingFileError
-from ..utils.files import content_hash, load_json, require_file, write_atomically
+from ..utils.files import content_hash, load_json, local_path, require_file, write_atomically
 from ..utils.settings import first_difference, select_config
 
 __all__ = [
@@ -125,15 +124,16 @@ def cache_settings(
         )
     if dtype not in DTYPES:
         raise ConfigError(f"--cache-dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
+    weights = local_path(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     try:
-        checkpoint = content_hash(cfg.MODEL.WEIGHTS)
+        checkpoint = content_hash(weights)
     except MissingFileError:
         raise MissingFileError(
             f"Checkpoint '{cfg.MODEL.WEIGHTS}' (MODEL.WEIGHTS) does not exist; set it to that of "
             "stage 1."
         ) from None
     datasets = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
-    files = [PathManager.get_local_path(data.get("json_file") or "") for data in datasets]
+    files = [local_path(data.get("json_file") or "") for data in datasets]
     from_files = all(map(os.path.isfile, files))
     contents = ({**record, "image_id": None} for record in records)  # ids need not be stable
     labels = ([a["category_id"] for a in r.get("annotations", ())] for r in records)

@@ -40,9 +40,10 @@ from ..modeling.box_predictors import (
     NormalizedLinear,
     SeesawOutputLayers,
 )
+from ..modeling.roi_heads import box_stages
 from ..utils.files import write_atomically
 from .cache import FeatureCache
-from .extract import box_stages, extract_features
+from .extract import extract_features
 from .run import default_cache
 from .train import of_stage
 

@@ -20,11 +20,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from ..data.build import training_records
 from ..data.loader import LongTailDatasetMapper
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError
+from ..modeling.roi_heads import box_stages
 from ..utils.files import lock_folder, write_json
 from ..utils.seeding import seed_generators
 from .cache import (
@@ -51,7 +51,7 @@ from .cache import (
     write_shard,
 )
 
-__all__ = ["box_stages", "extract_features", "load_frozen_detector", "roi_features"]
+__all__ = ["extract_features", "load_frozen_detector", "roi_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +141,6 @@ def load_frozen_detector(cfg: CfgNode) -> GeneralizedRCNN:
     LongTailCheckpointer(model, stage2=True, new_classifier=new).load(cfg.MODEL.WEIGHTS)
     propose_only(model.proposal_generator)
     return model.train()
-
-
-def box_stages(heads: StandardROIHeads) -> list[tuple[nn.Module, nn.Module]]:
-    """Box head and box predictor of each stage of a cascade, or the ones of other heads."""
-    if isinstance(heads, CascadeROIHeads):
-        return list(zip(heads.box_head, heads.box_predictor, strict=True))
-    return [(heads.box_head, heads.box_predictor)]
 
 
 @torch.no_grad()

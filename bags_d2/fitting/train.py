@@ -27,12 +27,13 @@ from ..engine.finite import GuardedSimpleTrainer
 from ..engine.setup import check_settings
 from ..engine.trainer import BAGSTrainer
 from ..errors import ConfigError, DataError, NonFiniteLossError
+from ..modeling.roi_heads import box_stages
 from ..utils.events import default_writers
 from ..utils.files import lock_folder, write_atomically
 from ..utils.seeding import seed_generators, step_seed
 from ..utils.settings import first_difference, select_config
 from .cache import FeatureCache
-from .extract import box_stages, load_frozen_detector
+from .extract import load_frozen_detector
 
 __all__ = ["ClassifierLoss", "ClassifierTrainer", "cached_batches", "fit_classifier", "sample_rois"]
 

@@ -21,8 +21,6 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
 
-__all__ = ["BoxDeltas", "fast_rcnn_inference_topk"]
-
 # Candidates looked at first, for each detection wanted. Several proposals see an object, and each
 # in several classes, so of a trained detector's best candidates perhaps one in five survives.
 CANDIDATES_PER_DETECTION = 8

@@ -148,8 +148,7 @@ class ClassGroups(ClassCounts):
         label_to_slots: long tensor (G + 1, K + 1), the target of each label in every group: of its
             own group 1, 2, ..; of others 0, "others". In group 0 background, the last label, is 0
             and foreground 1.
-        output_columns, others_columns: int tensors (K + 1,), the logit of each class and that of
-            its group's "others"; 0, background's, comes last in both.
+        output_columns: long tensor (K + 1,), the logit of each class, and last background's.
     """
 
     _decisive, _subject = "class_to_group", "class groups"
@@ -168,7 +167,7 @@ class ClassGroups(ClassCounts):
         self.register_buffer("class_to_group", class_to_group.long())
         self.register_buffer("thresholds", torch.tensor(list(thresholds), dtype=torch.long))
         # Derived from class_to_group, so never saved: a checkpoint cannot contradict itself.
-        for name in ("class_to_column", "label_to_slots", "output_columns", "others_columns"):
+        for name in ("class_to_column", "label_to_slots", "output_columns"):
             self.register_buffer(name, None, persistent=False)
         self._lay_out()
 
@@ -240,10 +239,7 @@ class ClassGroups(ClassCounts):
         slots[0, :-1] = 1
         self.class_to_column = columns.to(device)
         self.label_to_slots = slots.to(device)
-        # int32, for which index_select takes half the time.
-        self.output_columns, self.others_columns = (
-            nn.functional.pad(x, (0, 1)).int().to(device) for x in (columns, starts[groups])
-        )
+        self.output_columns = nn.functional.pad(columns, (0, 1)).to(device)
 
     def _fault_of(self, state: dict[str, torch.Tensor]) -> str:
         fault = super()._fault_of(state)

@@ -182,15 +182,16 @@ def merge_group_probs(
     """
     check_merge(how)
     logits = _checked_logits(logits, groups)
-    background, foreground = logits[:, :2].softmax(dim=1).split(1, dim=1)
-    columns = groups.output_columns.to(logits.device)
+    parts = logits.split(groups.widths, dim=1)
+    background, foreground = parts[0].softmax(dim=1).split(1, dim=1)
     if how == "paper":
-        parts = [part.softmax(dim=1) for part in logits.split(groups.widths, dim=1)]
-        scores = torch.cat(parts, dim=1).index_select(1, columns)
+        parts = [part.softmax(dim=1) for part in parts]
     else:
+        parts = [part - part[:, :1] for part in parts]
+    scores = torch.cat(parts, dim=1).index_select(1, groups.output_columns.to(logits.device))
+    if how == "joint":
         # The last of the K + 1 columns is background's relative to itself: the "none" of logit 0.
-        others = logits.index_select(1, groups.others_columns.to(logits.device))
-        scores = (logits.index_select(1, columns) - others).softmax(dim=1)
+        scores = scores.softmax(dim=1)
     return torch.cat([scores[:, :-1] * foreground, background], dim=1)
 
 

@@ -8,16 +8,25 @@ The private methods overridden here are where Detectron2's own heads differ from
 public ``from_config`` and ``forward`` could only be replaced by copies.
 """
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Instances
+from torch import nn
 
 from ..config import long_tail
 from ..errors import ConfigError
 from ..layers import fast_rcnn_inference_topk
 from .box_predictors import build_box_predictor
 
-__all__ = ["FrozenBranches", "LongTailCascadeROIHeads", "LongTailROIHeads"]
+__all__ = [
+    "FrozenBranches",
+    "LongTailCascadeROIHeads",
+    "LongTailROIHeads",
+    "box_stages",
+    "class_probs_of_boxes",
+]
 
 
 class FrozenBranches:
@@ -127,6 +136,32 @@ class LongTailCascadeROIHeads(FrozenBranches, CascadeROIHeads):
         mean_logits = sum(logits / self.num_cascade_stages for _, (logits, _), _ in outputs)
         predictor, (_, deltas), proposals = outputs[-1]
         return predictor.predict_probs((mean_logits, deltas), proposals)
+
+
+def box_stages(heads: StandardROIHeads) -> list[tuple[nn.Module, nn.Module]]:
+    """Box head and box predictor of each stage of a cascade, or the ones of other heads."""
+    if isinstance(heads, CascadeROIHeads):
+        return list(zip(heads.box_head, heads.box_predictor, strict=True))
+    return [(heads.box_head, heads.box_predictor)]
+
+
+def class_probs_of_boxes(
+    heads: StandardROIHeads, features: dict[str, torch.Tensor], proposals: list[Instances]
+) -> list[torch.Tensor]:
+    """Scores (Ri, K or more), as at inference, of the very ``proposal_boxes`` of each image.
+
+    A cascade looks at the same box in all stages.
+    """
+    features = [features[name] for name in heads.box_in_features]
+    pooled = heads.box_pooler(features, [p.proposal_boxes for p in proposals])
+    outputs = [
+        (predictor, predictor(box_head(pooled)), proposals)
+        for box_head, predictor in box_stages(heads)
+    ]
+    if isinstance(heads, LongTailCascadeROIHeads):
+        return heads._average_scores(outputs)
+    probs = [predictor.predict_probs(*rest) for predictor, *rest in outputs]
+    return [sum(p) / len(outputs) for p in zip(*probs, strict=True)]
 
 
 def _with_minimal_predictor(cfg: CfgNode) -> CfgNode:

@@ -11,8 +11,6 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 
-__all__ = ["StrictJSONWriter", "default_writers"]
-
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
     """The writers of ``detectron2.engine.default_writers``, but for NaN in ``metrics.json``."""

@@ -23,22 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from ..errors import BagsError, ConfigError, DataError, MissingFileError
-
-__all__ = [
-    "FolderInUseError",
-    "content_hash",
-    "dump_json",
-    "load_json",
-    "load_yaml",
-    "lock_folder",
-    "require_file",
-    "write_atomically",
-    "write_csv",
-    "write_json",
-]
 
 _MAX_YAML_NODES = 1_000_000
 
@@ -47,14 +34,45 @@ class FolderInUseError(BagsError):
     """Another process writes to the folder."""
 
 
+def local_path(path: str | os.PathLike, key: str = "") -> str:
+    """The path of a file, which is downloaded first if it is a URL that Detectron2 knows.
+
+    Raises:
+        MissingFileError: if it cannot be; ``key`` is the config's that can name a file instead.
+    """
+    path = os.fspath(path)
+    try:
+        return PathManager.get_local_path(path)
+    # RuntimeError and KeyError: no such name in Detectron2's catalog.
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if "://" not in path:
+            raise
+        remedy = f"set {key} to that file" if key else "name that file instead"
+        raise MissingFileError(
+            f"'{path}' could not be downloaded ({getattr(error, 'reason', error)}); fetch "
+            f"{_address(path)} where there is a network, and {remedy}."
+        ) from None
+
+
+def _address(path: str) -> str:
+    """Where on the web Detectron2 looks for a file."""
+    from detectron2.checkpoint.catalog import ModelCatalog  # which imports torch
+
+    scheme, _, name = path.partition("://")
+    if scheme == "catalog":
+        with contextlib.suppress(RuntimeError, KeyError):
+            return ModelCatalog.get(name)
+    return Detectron2Handler.S3_DETECTRON2_PREFIX + name if scheme == "detectron2" else path
+
+
 def require_file(path: str | os.PathLike) -> str:
     """The local path of a regular file, given by path or by a URL that Detectron2 knows.
 
     Raises:
-        MissingFileError: if it does not exist.
+        MissingFileError: if it does not exist or cannot be downloaded.
         DataError: if it is something else, such as a folder or a named pipe.
     """
-    local = PathManager.get_local_path(os.fspath(path))
+    local = local_path(path)
     try:
         mode = os.stat(local).st_mode
     except (OSError, ValueError):  # ValueError: a null byte in the path
@@ -184,10 +202,14 @@ def write_csv(path: str | os.PathLike, header: Iterable, rows: Iterable[Iterable
 def content_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file, computed once for each version of it."""
     local = require_file(path)
-    found = os.stat(local)
+    return _hash_of_version(os.path.abspath(local), file_version(local))
+
+
+def file_version(path: str | os.PathLike) -> tuple[int, ...]:
+    """What changes whenever a file does."""
+    found = os.stat(path)
     # The time of the last change of status cannot be set back, as that of the content can.
-    version = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _hash_of_version(os.path.abspath(local), version)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=256)

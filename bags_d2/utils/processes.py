@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BagsError
-
-__all__ = ["ProcessError", "bags_d2_command", "run_logged"]
 
 _PROGRESS = (" iter: ", "Inference done", "Newly init", "box features:", "Error:", "Error ")
 
@@ -28,12 +27,16 @@ def bags_d2_command(*arguments: str) -> list[str]:
 def run_logged(command: Sequence[str], log: Path) -> float:
     """Run a command to its end, with its output appended to a log; it ends if this process does.
 
+    Shown are the command, as a user would type it, and its progress.
+
     Returns:
         The seconds that it took.
 
     Raises:
         ProcessError: if it fails, with the last line of its output.
     """
+    words = ["bags-d2", *command[3:]] if command[1:3] == ["-m", "bags_d2"] else command
+    print(f"\n$ {shlex.join(words)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     last = ""

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-__all__ = ["isolated_generators", "seed_generators", "step_seed"]
-
 
 def seed_generators(seed: int, device: str = "cpu") -> None:
     """Seed the global random generators, torch's for the CPU and one kind of device."""

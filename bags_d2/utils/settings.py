@@ -3,8 +3,6 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-__all__ = ["first_difference", "select_config"]
-
 
 def select_config(
     cfg: Mapping, include: Sequence[str], exclude: Sequence[str] = ()

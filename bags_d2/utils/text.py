@@ -1,7 +1,5 @@
 """Text of any origin, made fit to be shown."""
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
     """One line without control characters, lone surrogates or marks that reverse the direction."""

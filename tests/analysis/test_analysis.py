@@ -1,12 +1,10 @@
 import csv
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import bags_d2_here
 from matplotlib import image as mpl_image
 
 from bags_d2 import ClassGroups, DataError
@@ -147,7 +145,6 @@ def test_checkpoints_tell_their_counts():
     assert remembered_counts({"model": {key: torch.tensor([-1, -1])}}) is None
 
 
-@pytest.mark.slow
 def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
     rng = np.random.default_rng(0)
     paths = []
@@ -158,10 +155,8 @@ def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
         paths[-1].write_bytes(pickle.dumps({"model": model, "__author__": "zoo"}))
     counts = tmp_path / "counts.json"
     counts.write_text("[3, 30, 300, 3000]")
-    tool = [sys.executable, "-m", "bags_d2", "analyze", "--output", str(tmp_path / "out")]
-    root = Path(__file__).resolve().parents[2]
-    command = [*tool, "--counts", str(counts), "--checkpoint", f"first={paths[0]}", *paths[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    tool = ("analyze", "--output", tmp_path / "out")
+    done = bags_d2_here(*tool, "--counts", counts, "--checkpoint", f"first={paths[0]}", *paths[1:])
     assert done.returncode == 0, done.stderr
     assert "rank correlation" in done.stdout
     rows = list(csv.DictReader((tmp_path / "out" / "weight_norms.csv").read_text().splitlines()))
@@ -169,7 +164,5 @@ def test_the_tool_reads_zoo_pickles_and_many_checkpoints(tmp_path):
     content = pickle.loads(paths[0].read_bytes())["model"]
     norms = np.linalg.norm(next(iter(content.values()))[:4], axis=1)
     assert np.allclose([float(row["first"]) for row in rows], norms)
-    unknown = subprocess.run(
-        [*tool, "--checkpoint", str(paths[0])], capture_output=True, text=True, cwd=root
-    )
+    unknown = bags_d2_here(*tool, "--checkpoint", paths[0])
     assert "add --config-file" in unknown.stderr

@@ -71,7 +71,7 @@ def test_the_first_labels_get_the_room():
 
 def test_best_instances_are_the_highest_scored():
     instances = make_instances(np.zeros((4, 4)), [0.2, 0.9, 0.5, 0.05], [0, 1, 2, 3])
-    assert best_instances(instances, 3, 0.1).pred_classes.tolist() == [1, 2, 0]
+    assert best_instances(instances, 3).pred_classes.tolist() == [1, 2, 0]
     assert best_instances(instances, 1).pred_classes.tolist() == [1]
     assert len(best_instances(instances[:0], 5)) == 0
 

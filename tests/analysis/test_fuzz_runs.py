@@ -14,7 +14,7 @@ import pytest
 from run_folders import write_run
 
 from bags_d2 import BagsError, DataError
-from bags_d2.analysis.detections import winning_groups
+from bags_d2.analysis.detections import winning_classes, winning_groups
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import (
     configured_thresholds,
@@ -34,7 +34,8 @@ NAMES = {
 COUNTS = {3: 0, 8: 50, 20: 700, 21: 5000}
 CSV, RESULTS = "inference/fuzz_val/per_class_bbox.csv", "inference/results.json"
 DETECTIONS = "inference/fuzz_val/lvis_instances_results.json"
-FILES = ["config.yaml", "metrics.json", "model_final.pth", CSV, RESULTS, DETECTIONS]
+LABELS = "inference/fuzz_val/label_check.csv"
+FILES = ["config.yaml", "metrics.json", "model_final.pth", CSV, RESULTS, DETECTIONS, LABELS]
 
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(c + 1)}: &{chr(c + 1)} [{', '.join([f'*{chr(c)}'] * 9)}]\n" for c in range(97, 110)
@@ -98,6 +99,8 @@ def run(tmp_path, write_lvis, register):
     write_run(folder, dataset, NAMES, COUNTS, [1.0, None, 30.0, 40.0], boxes, measures)
     (folder / "config.yaml").write_text("MODEL: {BAGS: {GROUP_THRESHOLDS: [5, 50]}}\n")
     (folder / "metrics.json").write_text('{"iteration": 1, "total_loss": 2.0}\n')
+    header = "annotation_id,name,probability,model_name,model_probability,contradiction"
+    (folder / LABELS).write_text(f"{header}\n1,ant,0.1,bee,0.9,2.5\n")
     return folder
 
 
@@ -107,10 +110,12 @@ def read_all(folder):
     run = read_run(folder)
     thresholds = configured_thresholds([run])
     loss_history(folder)
+    if run.label_check_file.exists():
+        run.label_check(most=5)
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
     if run.is_counted:
         run.bin_measures(thresholds)
-        winning_groups(truth, run.detections(), run.count_of, thresholds)
+        winning_groups(truth, winning_classes(truth, run.detections()), run.count_of, thresholds)
     return run
 
 
@@ -209,7 +214,8 @@ def test_ids_may_be_text(tmp_path, register):
     run = read_all(folder)
     assert run.category_ids == ["owl", 7]
     truth = read_ground_truth(run)["first"]["annotations"]
-    matrix = winning_groups(truth, run.detections(), run.count_of, (10,))
+    winners = winning_classes(truth, run.detections())
+    matrix = winning_groups(truth, winners, run.count_of, (10,))
     assert matrix.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
 
 

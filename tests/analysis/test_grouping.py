@@ -1,17 +1,16 @@
 """Class groups of a data set: what they hold, what is odd, and what would fit."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import bags_d2_here
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bags_d2.analysis.grouping import (
     bin_names,
+    choose_thresholds,
     grouping_faults,
     propose_thresholds,
     summarize_groups,
@@ -19,8 +18,20 @@ from bags_d2.analysis.grouping import (
 from bags_d2.analysis.plots import plot_class_counts
 from bags_d2.data.lvis_v1 import lvis_v1_counts
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = st.lists(st.one_of(st.integers(0, 30), st.integers(0, 100_000)), min_size=1, max_size=60)
+
+
+def test_the_papers_edges_stay_unless_they_make_no_sense():
+    assert choose_thresholds([3, 5, 20, 50, 300, 500, 2000, 5000]) == (10, 100, 1000)
+    assert choose_thresholds([3, 5, 20, 50, 300, 500]) == (10, 100)
+    assert choose_thresholds([0, 0]) == ()
+
+
+@given(COUNTS)
+def test_edges_are_those_that_groups_would_propose(counts):
+    edges = choose_thresholds(counts)
+    assert edges in ((10, 100, 1000), propose_thresholds(counts))
+    assert (edges == (10, 100, 1000)) or grouping_faults(counts, (10, 100, 1000))
 
 
 def test_ranges_in_words():
@@ -89,8 +100,7 @@ def test_curves_of_any_counts_are_drawn(counts, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "bags_d2", "groups", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return bags_d2_here("groups", *arguments)
 
 
 def test_the_tool_on_a_file_of_any_ids_and_names(write_lvis, tmp_path):
@@ -108,7 +118,6 @@ def test_the_tool_on_a_file_of_any_ids_and_names(write_lvis, tmp_path):
     assert "training images" in by_images.stdout
 
 
-@pytest.mark.slow
 def test_the_tool_refuses_faulty_input_in_one_sentence(tmp_path):
     (tmp_path / "counts.json").write_text(json.dumps([1, -2]))
     for arguments, words in (

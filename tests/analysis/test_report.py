@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from commands import bags_d2_here
 from run_folders import write_run
 
 from bags_d2 import ConfigError
@@ -16,7 +15,6 @@ from bags_d2.analysis.crops import choose_crops, cut_crops
 from bags_d2.analysis.report import write_html_report
 from bags_d2.analysis.runs import read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 NAMES = {3: "<script>alert(1)</script>", 8: "Bee", 20: "cat & dog", 21: "ähre"}
 COUNTS = {3: 5, 8: 50, 20: 700, 21: 5000}
@@ -46,6 +44,10 @@ def make_run(tmp_path, write_lvis, register):
 def page_of(path, folders, **options):
     write_html_report([read_run(folder) for folder in folders], path, **options)
     return path.read_text(encoding="utf-8")
+
+
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
 
 
 def test_the_page_is_self_contained_and_escapes_names(make_run, tmp_path):
@@ -87,8 +89,50 @@ def test_crops_are_limited_in_number(make_run, tmp_path):
     folders = [make_run("one", [10.0, None, 30.0, 40.0])]
     page = page_of(tmp_path / "r.html", folders, max_crops=2)
     assert page.count("data:image/jpeg") <= 2
-    assert "classes have none, to keep this page small" in page
+    assert "classes have no crops, to keep this page small" in page
     assert "data:image/jpeg" not in page_of(tmp_path / "r.html", folders, max_crops=0)
+
+
+def test_confusions_of_a_class_have_their_numbers(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    rows = [{"image_id": 2, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 0.9}]
+    where = folder / "inference" / "report_val"
+    (where / "lvis_instances_results.json").write_text(json.dumps(rows))
+    page = page_of(tmp_path / "r.html", [folder])
+    text = text_of(page)
+    # All objects stand at the same place, and only the second image has detections.
+    assert "Its objects are taken for: Bee (2). Taken for it: none other." in text  # ähre
+    assert (
+        "Its objects are taken for: none other. Taken for it: ähre (2), cat &amp; dog (1)" in text
+    )
+    assert re.search(r"ähre\s+Bee\s+2\s+2 \(100%\)", text)
+
+
+def test_doubtful_labels_are_shown_with_ids_and_what_the_model_says(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    page = page_of(tmp_path / "r.html", [folder])
+    assert "No run has a label_check.csv: evaluate again" in page
+    path = folder / "inference" / "report_val" / "label_check.csv"
+    path.write_text(
+        "annotation_id,name,probability,model_name,model_probability,contradiction\n"
+        "4,ähre,0.01,<i>Bee,0.9,3.5\n77,of another set,0,Bee,1,3\n1,Bee,0.9,ähre,0.1,-2\n"
+    )
+    page = page_of(tmp_path / "r.html", [folder])
+    assert page.count('<div class="card">') == 1
+    card = text_of(page[page.index('<div class="card">') :])
+    assert "labelled ähre (1.00%) rather &lt;i&gt;Bee (90.00%) annotation 4" in card
+    assert 'alt="annotation 4" src="data:image/jpeg' in page
+    assert str(path) in page
+
+
+def test_classes_without_objects_are_marked_and_empty_bins_have_a_dash(make_run, tmp_path):
+    folder = make_run("one", [10.0, None, 30.0, 40.0])
+    path = folder / "inference" / "report_val" / "per_class_bbox.csv"
+    path.write_text(path.read_text().replace("8,Bee,,50,1", "8,Bee,,0,0"))
+    page = page_of(tmp_path / "r.html", [folder], thresholds=(1, 6, 10))
+    assert page.count("never trained</span>") == page.count("no objects here</span>") == 1
+    row = text_of(page[page.index('<td class="text">one') :]).split()
+    assert row[1:8] == ["10.0", "20.0", "-", "10.0", "-", "35.0", "22.5"]  # AP, AP50, bins, bAP
 
 
 def test_runs_that_cannot_be_compared_are_refused(make_run, tmp_path):
@@ -151,7 +195,6 @@ def test_boxes_of_any_place_and_size_are_cut(tmp_path):
     assert cut_crops(crops, {}) == {}
 
 
-@pytest.mark.slow
 def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
     folder = make_run("one", [10.0, None, 30.0, 40.0])
     config = tmp_path / "data.yaml"
@@ -159,12 +202,11 @@ def test_the_tool_writes_it_or_one_sentence(make_run, tmp_path):
         "DATASETS:\n  REGISTER:\n"
         f'    - ["report_val", "lvis", "{tmp_path}/annotations.json", "{tmp_path}"]\n'
     )
-    tool = [sys.executable, "-m", "bags_d2", "report", "--output", str(tmp_path / "r.html")]
-    command = [*tool, str(folder), "--config-file", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    tool = ("report", "--output", tmp_path / "r.html")
+    done = bags_d2_here(*tool, folder, "--config-file", config)
     assert done.returncode == 0, done.stderr
     assert "data:image/jpeg" in (tmp_path / "r.html").read_text()
-    done = subprocess.run([*tool, "none"], capture_output=True, text=True, cwd=ROOT)
+    done = bags_d2_here(*tool, "none")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("Error: 'none' has no bbox evaluation")
 

@@ -4,24 +4,22 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
 import pytest
+from commands import bags_d2, bags_d2_here
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from run_folders import write_run
 
 from bags_d2 import ConfigError, DataError, MissingFileError
 from bags_d2.analysis.demo import draw_comparison
-from bags_d2.analysis.detections import winning_groups
+from bags_d2.analysis.detections import winning_classes, winning_groups
 from bags_d2.analysis.plots import plot_ap_bins, plot_class_ap_change, plot_winning_groups
 from bags_d2.analysis.runs import configured_thresholds, loss_history, read_ground_truth, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT_OF = {3: 5, 8: 50, 20: 7, 21: 5000}
 GROUP_OF = {3: 0, 8: 1, 20: 0, 21: 3}
 THRESHOLDS = (10, 100, 1000)
@@ -72,7 +70,8 @@ def test_winners_are_those_of_the_definition(seed):
     # Few different scores, so that there are ties.
     detections = make(40, score=lambda: float(rng.integers(5)) / 5)
     expected = _slow_winning_groups(truth, detections)
-    assert np.array_equal(winning_groups(truth, detections, COUNT_OF, THRESHOLDS), expected)
+    winners = winning_classes(truth, detections)
+    assert np.array_equal(winning_groups(truth, winners, COUNT_OF, THRESHOLDS), expected)
     assert expected.sum() == 15
 
 
@@ -83,7 +82,7 @@ def test_crowds_are_no_objects_and_nothing_detected_is_missed(make_run):
     path.write_text(json.dumps(content))
     run = read_run(make_run("one", [1.0, 2.0, 3.0, 4.0]))
     objects = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
-    matrix = winning_groups(objects, [], COUNT_OF, THRESHOLDS)
+    matrix = winning_groups(objects, winning_classes(objects, []), COUNT_OF, THRESHOLDS)
     assert matrix[:, -1].tolist() == [1, 1, 0, 2]
     assert matrix.sum() == 4
 
@@ -118,7 +117,8 @@ def test_a_run_is_read(make_run):
     assert run.ap[[0, 2, 3]].tolist() == [10, 30, 40]
     assert len(run.detections()) == 2
     truth = [a for image in read_ground_truth(run).values() for a in image["annotations"]]
-    matrix = winning_groups(truth, run.detections(), COUNT_OF, THRESHOLDS)
+    winners = winning_classes(truth, run.detections())
+    matrix = winning_groups(truth, winners, COUNT_OF, THRESHOLDS)
     assert matrix.tolist() == [
         [0, 0, 1, 0, 1, 0],
         [1, 0, 0, 0, 0, 0],
@@ -207,14 +207,6 @@ def test_the_ground_truth_of_a_loader_of_ones_own(make_run):
         read_ground_truth(run)
 
 
-def _tool(*arguments):
-    command = [sys.executable, "-m", "bags_d2", "runs", *map(str, arguments)]
-    # In the C locale, whose encoding is ASCII.
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment = {**os.environ, **locale}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-
 @pytest.mark.slow
 def test_the_tool_compares_two_runs(make_run, tmp_path):
     first = make_run("one", [10.0, None, 30.0, 40.0])
@@ -225,7 +217,11 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
         f'    - ["runs_val", "lvis", "{make_run.annotations}", "{tmp_path}"]\n'
     )
     out = tmp_path / "out"
-    done = _tool(first, second, "--output", out, "--config-file", config)
+    # In the C locale, whose encoding is ASCII.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ("runs", first, second, "--output", out, "--config-file", config)
+    environment = {**os.environ, **locale}
+    done = bags_d2(*arguments, env=environment)
     assert done.returncode == 0, done.stderr
     assert "10.0" in done.stdout
     assert {p.name for p in out.iterdir()} == {
@@ -239,10 +235,10 @@ def test_the_tool_compares_two_runs(make_run, tmp_path):
     assert "20,çat,7,30.0,25.0" in (out / "class_ap.csv").read_text("utf-8").splitlines()
     rows = list(csv.reader((out / "winning_groups.csv").read_text().splitlines()))
     assert rows[1] == ["one", "0-9", "0", "0", "1", "0", "1", "0"]
-    without = _tool(first, second, "--output", out)
+    without = bags_d2(*arguments[:-2], env=environment)
     assert "'runs_val' of" in without.stderr
     assert "add --config-file" in without.stderr
-    same = _tool(first, first, "--output", out)
+    same = bags_d2_here("runs", first, first, "--output", out)
     assert "Runs share a name among one, one" in same.stderr
 
 

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import Detectron2Handler
 from torch import nn
 
 from bags_d2 import ClassGroups, ConfigError, MissingFileError
@@ -268,6 +270,36 @@ def test_a_missing_file_is_an_error_of_one_sentence(build):
     checkpointer = LongTailCheckpointer(nn.Linear(2, 2))
     with pytest.raises(MissingFileError, match=r"'gone/model\.pth' \(MODEL\.WEIGHTS\) does not"):
         checkpointer.load("gone/model.pth")
+
+
+@pytest.mark.parametrize(
+    ("path", "address", "reason"),
+    [
+        ("detectron2://a/b.pkl", "http://127.0.0.1:9/a/b.pkl", "refused"),
+        ("http://127.0.0.1:9/b.pkl", "http://127.0.0.1:9/b.pkl", "refused"),
+        (
+            "catalog://ImageNetPretrained/MSRA/R-50",
+            "http://127.0.0.1:9/ImageNetPretrained/MSRA/R-50.pkl",
+            "refused",
+        ),
+        ("catalog://unknown", "catalog://unknown", "not present in the catalog"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded(path, address, reason, monkeypatch, tmp_path):
+    """One sentence with the address and the key, where there is no network."""
+    nowhere = "http://127.0.0.1:9"  # the port that discards
+    monkeypatch.setattr(Detectron2Handler, "S3_DETECTRON2_PREFIX", f"{nowhere}/")
+    monkeypatch.setattr(ModelCatalog, "S3_C2_DETECTRON_PREFIX", nowhere)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(MissingFileError) as error:
+        LongTailCheckpointer(nn.Linear(1, 1)).load(path)
+    text = str(error.value)
+    assert text.startswith(f"'{path}' could not be downloaded (")
+    assert reason in text
+    assert text.endswith(
+        f"; fetch {address} where there is a network, and set MODEL.WEIGHTS to that file."
+    )
+    assert "\n" not in text
 
 
 def test_no_path_loads_nothing():

@@ -1,13 +1,10 @@
 """Converted checkpoints compute what the authors' code computes from the same weights."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import mmdet_reference as reference
 import numpy as np
 import pytest
 import torch
+from commands import bags_d2_here
 from conftest import CONFIGS, TINY_COUNTS
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
@@ -17,7 +14,6 @@ from bags_d2.checkpoint.mmdet import GroupLayout, convert_state_dict
 from bags_d2.engine import LongTailCheckpointer
 from bags_d2.modeling.roi_heads import LongTailCascadeROIHeads
 
-ROOT = Path(__file__).resolve().parents[2]
 K = len(TINY_COUNTS)
 THRESHOLDS = (10, 100, 1000)
 SIZES = {"stem": 8, "width": 8, "out": 32, "fpn": 16, "fc": 32}
@@ -299,9 +295,8 @@ def test_the_tool_converts_checks_and_leaves_nothing_half_done(tmp_path, make_cf
     ours = tmp_path / "new" / "ours.pth"
 
     def run(source, *options):
-        command = [sys.executable, "-m", "bags_d2", "convert", str(source), str(ours)]
-        command += ["--config-file", str(tmp_path / "config.yaml"), *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        config = ("--config-file", tmp_path / "config.yaml")
+        return bags_d2_here("convert", source, ours, *config, *options)
 
     files = ("--label2binlabel", f"{tmp_path}/bins.pt", "--pred-slice", f"{tmp_path}/slices.pt")
     done = run(tmp_path / "theirs.pth", *files)

@@ -467,7 +467,7 @@ def test_run_length_codes_train_as_bitmaps(counts, data_set, cfg_of):
     assert (mask_utils.decode(code) == mask).all()
     assert trained_on(cfg) == counted(name)
     annotations = read_annotations(MetadataCatalog.get(name).json_file)
-    assert annotations.masks.area(0, annotations.image_rows[0]) == 40
+    assert annotations.masks.areas[0] == 40
 
 
 @pytest.mark.parametrize("counts", ["", "0", "\x00", "oooooo", [1, 2], [-1, SIDE * SIDE + 1], 5])
@@ -501,7 +501,7 @@ def test_polygon_areas_equal_the_shoelace_formula(data_set):
         pairs = zip(corners, corners[1:] + corners[:1], strict=True)
         return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in pairs)) / 2
 
-    areas = read_annotations(MetadataCatalog.get(data_set(data)).json_file).masks.polygon_areas
+    areas = read_annotations(MetadataCatalog.get(data_set(data)).json_file).masks.areas
     assert areas.tolist() == pytest.approx([sum(map(shoelace, p)) for p in polygons])
 
 

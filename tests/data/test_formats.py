@@ -353,7 +353,7 @@ def test_what_has_one_meaning_is_accepted(case, kind, sets, register, cfg_of):
     key = lambda read: sorted(map(tuple, np.round(read.boxes, 6)))  # noqa: E731
     assert key(after) == key(before)
     if "polygon" in case:
-        assert after.masks.polygon_areas.sum() == pytest.approx(after.areas[0], rel=1e-5)
+        assert after.masks.areas.sum() == pytest.approx(after.areas[0], rel=1e-5)
     name = register(*sets[kind])
     assert counted(name) == trained_on(cfg_of([name])) == evaluated(name, "coco")
 
@@ -870,7 +870,7 @@ def test_conversion_of_run_length_codes_and_what_is_lost(tmp_path, images, log_l
         read = read_row(kind, source, root)
         disc_back = mask_utils.decode(
             mask_utils.merge(mask_utils.frPyObjects(mask, SIDE, SIDE))
-            if isinstance(mask := read.masks.get(0, read.image_rows[0], as_json=True), list)
+            if isinstance(mask := read.masks.get(0, as_json=True), list)
             else mask
         )
         both = np.minimum(disc_back, disc).sum() / np.maximum(disc_back, disc).sum()
@@ -878,7 +878,7 @@ def test_conversion_of_run_length_codes_and_what_is_lost(tmp_path, images, log_l
         assert read.boxes[1].tolist() == pytest.approx([1, 1, 60, 60], abs=1e-4)
         assert read.instance_counts().sum() == 17
         assert read.crowd.sum() == (kind == "coco")
-        assert bool(read.masks.area(1, read.image_rows[0])) == (kind != "yolo")
+        assert bool(read.masks.areas[1]) == (kind != "yolo")
     assert [line.partition("format: ")[2] for line in lines] == [
         "run-length codes written as outlines, if at all: 1.",
         "run-length codes written as outlines, if at all: 1.",

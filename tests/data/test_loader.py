@@ -7,74 +7,45 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
 from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from PIL import Image
 
 from bags_d2 import DataError, MissingFileError
-from bags_d2.data.loader import LongTailDatasetMapper, ResumableSampler, build_resumable_loader
+from bags_d2.data.loader import LongTailDatasetMapper, ResumableBatches, build_resumable_loader
+from bags_d2.data.samplers import EpochSampler
 from bags_d2.utils.seeding import isolated_generators
 
 NUM_IMAGES = 23
 WIDE = [i % 3 == 0 for i in range(NUM_IMAGES)]
 
 
-class _Images(torch.utils.data.Dataset):
-    """Image i is told by its number in the stream and its shape."""
-
-    def __len__(self):
-        return NUM_IMAGES
-
-    def __getitem__(self, sample):
-        image = int(sample) % NUM_IMAGES
-        return {"sample": int(sample), "width": 2 if WIDE[image] else 1, "height": 1.5}
-
-
 def _order(generator):
     return torch.randperm(NUM_IMAGES, generator=generator)
 
 
-def _batches(num_workers, batch_size, grouped, start, count):
-    """Batches that Detectron2's loader makes of the sampler."""
-    sampler = ResumableSampler(
-        _order,
-        NUM_IMAGES,
-        seed=3,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        bucket_of=WIDE.__getitem__ if grouped else None,
-        start_iter=start,
-    )
-    loader = build_detection_train_loader(
-        _Images(),
-        mapper=None,
-        sampler=sampler,
-        total_batch_size=batch_size,
-        aspect_ratio_grouping=grouped,
-        num_workers=num_workers,
-    )
-    return [[d["sample"] for d in batch] for batch in itertools.islice(loader, count)]
+def _batches(batch_size, grouped, start, count):
+    stream = EpochSampler(_order, seed=3)
+    batches = ResumableBatches(stream, batch_size, start, WIDE if grouped else None)
+    return list(itertools.islice(batches, count))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_a_resumed_stream_is_the_rest_of_the_whole(grouped, num_workers, batch_size):
-    whole = _batches(num_workers, batch_size, grouped, 0, 30)
+def test_a_resumed_stream_is_the_rest_of_the_whole(grouped, batch_size):
+    whole = _batches(batch_size, grouped, 0, 30)
     assert len({s for batch in whole for s in batch}) == 30 * batch_size  # no sample twice
-    for start in (1, 7, 20) if num_workers else range(30):
-        resumed = _batches(num_workers, batch_size, grouped, start, 30 - start)
-        assert resumed == whole[start:], start
+    for start in range(30):
+        assert _batches(batch_size, grouped, start, 30 - start) == whole[start:], start
     if grouped:
-        assert all(len({WIDE[s % NUM_IMAGES] for s in batch}) == 1 for batch in whole)
+        assert all(len({WIDE[image] for _, image in batch}) == 1 for batch in whole)
 
 
 def test_every_epoch_has_every_image():
-    sampler = iter(ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2))
+    batches = _batches(1, False, 0, 3 * NUM_IMAGES)
     for epoch in range(3):
-        samples = list(itertools.islice(sampler, NUM_IMAGES))
-        assert sorted(s % NUM_IMAGES for s in samples) == list(range(NUM_IMAGES))
-        numbers = [s // NUM_IMAGES for s in samples]
+        samples = [s for (s,) in batches[epoch * NUM_IMAGES :][:NUM_IMAGES]]
+        assert sorted(image for _, image in samples) == list(range(NUM_IMAGES))
+        numbers = [number for number, _ in samples]
         assert numbers == list(range(epoch * NUM_IMAGES, (epoch + 1) * NUM_IMAGES))
 
 
@@ -83,20 +54,39 @@ def test_processes_share_the_stream(monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-        sampler = ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2)
-        shares.append(list(itertools.islice(sampler, 2 * NUM_IMAGES)))
+        shares.append(_batches(1, False, 0, 2 * NUM_IMAGES))
     monkeypatch.undo()
-    alone = ResumableSampler(_order, NUM_IMAGES, 0, batch_size=2)
-    whole = list(itertools.islice(alone, 4 * NUM_IMAGES))
+    whole = _batches(1, False, 0, 4 * NUM_IMAGES)
     assert [s for pair in zip(*shares, strict=True) for s in pair] == whole
 
 
-def test_the_reference_is_detectron2s_loader():
-    # What the test above compares with itself: that its batches are made by these classes.
-    sampler = ResumableSampler(_order, NUM_IMAGES, 3, batch_size=2, bucket_of=WIDE.__getitem__)
-    grouped = AspectRatioGroupedDataset(ToIterableDataset(_Images(), sampler), 2)
-    expected = [[d["sample"] for d in batch] for batch in itertools.islice(grouped, 9)]
-    assert _batches(0, 2, True, 0, 9) == expected
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_batches_are_those_of_detectron2s_loader_in_one_process(batch_size):
+    images = [{"image": i, "width": 2 if WIDE[i] else 1, "height": 1.5} for i in range(NUM_IMAGES)]
+    stream = ToIterableDataset(images, EpochSampler(_order, seed=3))
+    for grouped in (False, True):
+        if grouped:
+            theirs = iter(AspectRatioGroupedDataset(stream, batch_size))
+        else:
+            theirs = iter(torch.utils.data.DataLoader(stream, batch_size, collate_fn=list))
+        expected = [[d["image"] for d in batch] for batch in itertools.islice(theirs, 30)]
+        ours = _batches(batch_size, grouped, 0, 30)
+        assert [[image for _, image in batch] for batch in ours] == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(tiny_cfg, datasets_root, register, num_workers):
+    folder = datasets_root / "glyphs_tiny"
+    path = str(folder / "annotations" / "glyphs_tiny_train.json")
+    options = ("DATASETS.TRAIN", (register("workers_train", path, str(folder)),), "SEED", 5)
+    batches = []
+    for workers in (0, num_workers):
+        cfg = tiny_cfg(*options, "DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", 2)
+        batches.append(list(itertools.islice(build_resumable_loader(cfg, 3), 5)))
+    for ours, theirs in zip(*batches, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["file_name"] == b["file_name"]
+            assert torch.equal(a["image"], b["image"])
 
 
 def test_samples_are_augmented_alike_before_and_after(tiny_cfg, datasets_root, register):

@@ -326,6 +326,13 @@ def test_what_a_killed_build_left_is_reported_and_ignored(tmp_path, caplog):
     assert len(list((folder / "train").iterdir())) == len(_load(folder, "train")["images"])
 
 
+def test_a_link_to_nothing_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare_glyphs._build_into", pytest.fail)
+    (tmp_path / "glyphs_tiny").symlink_to(tmp_path / "missing")
+    with pytest.raises(DataError, match="glyphs_tiny is a link to nothing; remove it"):
+        build_glyphs("glyphs_tiny", tmp_path, num_workers=1, progress=False)
+
+
 def test_other_settings_are_refused(tmp_path):
     folder = _build(tmp_path)
     with pytest.raises(ValueError, match=r"seed.*remove it or choose another root") as caught:

@@ -19,11 +19,17 @@ CASCADE = (
 
 
 @pytest.fixture
-def tiny_val(datasets_root):
-    """Name of the tiny validation set."""
+def tiny_val(datasets_root, tmp_path_factory):
+    """Name of a data set of four images of the tiny validation set."""
     folder = datasets_root / "glyphs_tiny"
     name = "evaluated_together"
-    register_lvis_format(name, str(folder / "annotations/glyphs_tiny_val.json"), str(folder))
+    content = json.loads((folder / "annotations/glyphs_tiny_val.json").read_text())
+    kept = content["images"] = content["images"][:4]
+    ids = {image["id"] for image in kept}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    path = tmp_path_factory.mktemp("evaluated") / "val.json"
+    path.write_text(json.dumps(content))
+    register_lvis_format(name, str(path), str(folder))
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -41,6 +47,7 @@ def runs(tiny_cfg, tiny_val, tmp_path):
             cfg = tiny_cfg(
                 *("MODEL.ROI_BOX_PREDICTOR.NAME", predictor, "OUTPUT_DIR", str(folder)),
                 *("DATASETS.TEST", (tiny_val,), "MODEL.WEIGHTS", str(folder / "model.pth")),
+                *("TEST.DETECTIONS_PER_IMAGE", 30),
                 *("MODEL.BAGS.MERGE", "joint" if i > 1 else "paper", "DATALOADER.NUM_WORKERS", 0),
                 *opts,
             )
@@ -64,7 +71,11 @@ def files_of(cfg):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("opts", [(), MASK, CASCADE, (*CASCADE, *MASK)], ids=str)
+@pytest.mark.parametrize(
+    "opts",
+    [(*CASCADE, *MASK), *(pytest.param(o, marks=pytest.mark.slow) for o in ((), MASK, CASCADE))],
+    ids=str,
+)
 def test_results_are_those_of_one_by_one(runs, opts):
     cfgs = runs(*opts)
     evaluate_classifiers(cfgs)

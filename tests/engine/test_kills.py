@@ -27,6 +27,11 @@ pytestmark = pytest.mark.slow
 
 KILLS = 6  # of each kind of run; the tests of this file make 26 with the two of building data
 
+CASCADE = (
+    *("MODEL.ROI_HEADS.NAME", "LongTailCascadeROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
+)
+
 
 def run_with_kills(target, folder, kills, seed, check):
     """Run a function to its end, again and again, until its processes were killed often enough.
@@ -100,11 +105,12 @@ def train(root, opts, folder):
     trainer.train()
 
 
-def cache_and_fit(root, stage1, folder):
+def cache_and_fit(root, opts, stage1, folder):
     torch.set_num_threads(1)
     cfg = make_cfg(
         root,
         folder / "out",
+        *opts,
         *("MODEL.WEIGHTS", f"{stage1}/model_final.pth", "SOLVER.MAX_ITER", "400"),
         *("SOLVER.STEPS", "(300,)", "SOLVER.CHECKPOINT_PERIOD", "20"),
         *("MODEL.TRAINABLE_PARAMS", "('roi_heads.box_predictor*cls_score.*',)"),
@@ -147,16 +153,17 @@ def test_training(root, tmp_path, opts):
     run_with_kills(functools.partial(train, root, opts), tmp_path, KILLS, 1, check)
 
 
-def test_caching_and_fitting(root, tmp_path):
+@pytest.mark.parametrize("opts", [(), CASCADE], ids=["faster", "cascade"])
+def test_caching_and_fitting(root, tmp_path, opts):
     stage1 = tmp_path / "stage1"
     softmax = ("MODEL.ROI_BOX_PREDICTOR.NAME", "FastRCNNOutputLayers", "SOLVER.MAX_ITER", "6")
-    train(root, (*softmax, "SOLVER.STEPS", "()"), stage1)
+    train(root, (*opts, *softmax, "SOLVER.STEPS", "()"), stage1)
 
     def check(whole, killed):
         assert_equal(final(whole / "out"), final(killed / "out"))
 
-    run = functools.partial(cache_and_fit, root, stage1)
-    run_with_kills(run, tmp_path, 2 * KILLS, 2, check)
+    run = functools.partial(cache_and_fit, root, opts, stage1)
+    run_with_kills(run, tmp_path, KILLS, 2, check)
 
 
 def test_building_data(tmp_path):

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from interrupted import interrupt_fit
 
 from bags_d2 import ROI_BOX_PREDICTOR_REGISTRY, BAGSTrainer, ConfigError, add_bags_config
 from bags_d2.data import register_lvis_format
@@ -20,7 +21,7 @@ from bags_d2.fitting.extract import (
     roi_features,
     sample_for_cache,
 )
-from bags_d2.fitting.train import ClassifierLoss, ClassifierTrainer, fit_classifier
+from bags_d2.fitting.train import ClassifierLoss, fit_classifier
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 OPTIONS = [
@@ -168,21 +169,11 @@ def test_a_fitted_cascade_is_evaluated(cfg_of, stage1, tmp_path):
     assert "bAP" in training.main(args)["bbox"]
 
 
-def test_an_interrupted_fit_goes_on_to_the_same_weights(cfg_of, stage1, monkeypatch):
+def test_an_interrupted_fit_goes_on_to_the_same_weights(cfg_of, stage1):
     options = ("SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.STEPS", (5,))
     whole = fit_classifier(cfg_of("BAGSOutputLayers", *options, run="whole"), stage1 / "cache")
-    cfg, save = cfg_of("BAGSOutputLayers", *options), ClassifierTrainer.after_step
-
-    def after_step(self):
-        save(self)
-        if self.iter == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTrainer, "after_step", after_step)
-        with pytest.raises(KeyboardInterrupt):
-            fit_classifier(cfg, stage1 / "cache")
-    assert (Path(cfg.OUTPUT_DIR) / "fitting.pth").exists()
+    cfg = cfg_of("BAGSOutputLayers", *options)
+    assert interrupt_fit(cfg, stage1 / "cache").exists()
     resumed = fit_classifier(cfg, stage1 / "cache")
     resumed, whole = (torch.load(p, weights_only=True)["model"] for p in (resumed, whole))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)

@@ -19,6 +19,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
+from interrupted import interrupt_fit
 
 from bags_d2 import BAGSTrainer, ConfigError, DataError, MissingFileError, add_bags_config
 from bags_d2.data import register_lvis_format
@@ -452,23 +453,24 @@ def test_one_fit_at_a_time_writes_to_a_folder(cfg_of, stage1, tmp_path):
         fit_classifier(cfg_of(*BAGS), stage1 / "cache")
 
 
+UNFINISHED = (
+    *(*BAGS, "SOLVER.MAX_ITER", 15),
+    *("SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12)),
+)
+
+
+@pytest.fixture(scope="module")
+def interrupted(stage1):
+    """Folder of a fit that was interrupted."""
+    cfg = make_cfg(stage1 / "model.pth", stage1 / "interrupted", *UNFINISHED)
+    return interrupt_fit(cfg, stage1 / "cache").parent
+
+
 @pytest.fixture
-def unfinished(cfg_of, stage1, tmp_path, monkeypatch):
+def unfinished(interrupted, cfg_of, tmp_path):
     """The config of a fit that was interrupted, and its progress."""
-    options = ("SOLVER.MAX_ITER", 15, "SOLVER.CHECKPOINT_PERIOD", 5, "SOLVER.STEPS", (8, 12))
-    cfg = cfg_of(*BAGS, *options)
-    save = ClassifierTrainer.after_step
-
-    def after_step(self):
-        save(self)
-        if self.iter == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTrainer, "after_step", after_step)
-        with pytest.raises(KeyboardInterrupt):
-            fit_classifier(cfg, stage1 / "cache")
-    return cfg, tmp_path / "run" / "fitting.pth"
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    return cfg_of(*UNFINISHED), folder / "fitting.pth"
 
 
 def resave(path, change):

@@ -15,10 +15,11 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import BagsError, DataError, MissingFileError
+from ...utils.files import file_version
 from ..annotations import AnnotationSet, check_annotations, read_annotations
 from ..images import image_size
 from . import labelme, voc, yolo
@@ -42,12 +43,12 @@ def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:
 
     Args:
         kind: "coco", "lvis" or of ``FOLDER_KINDS``.
-        source: the annotation file; for the others see ``locate`` in the module of the format.
-        image_root: the folder of images.
+        source, image_root: the annotation file (for the others see ``locate`` in the module of the
+            format), and the folder of images.
 
     Raises:
-        MissingFileError: if a folder or file that is named does not exist.
-        DataError: for the first thing that has no meaning, or for a source of another kind.
+        MissingFileError, DataError: if a folder or file that is named does not exist, for the first
+            thing that has no meaning, or for a source of another kind.
     """
     try:
         if kind not in FOLDER_KINDS:
@@ -55,18 +56,13 @@ def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:
         place, images = _locate(kind, source, image_root)
         paths = [os.path.join(image_root, file) for file in images.values()]
         paths += [os.path.join(place.folder, file) for file in place.files.values()]
-        return _read_version(kind, source, image_root, _version([*paths, *place.lists]))
+        digest = hashlib.sha256()
+        for path in (*paths, *place.lists):
+            version = file_version(path) if os.path.exists(path) else None
+            digest.update(os.fsencode(f"{path}\0{version}\n"))
+        return _read_version(kind, source, image_root, digest.digest())
     except BagsError as error:
         raise _wrong_kind(kind, source) or error from None
-
-
-def _version(paths: Iterable[str | os.PathLike]) -> bytes:
-    digest = hashlib.sha256()
-    for path in paths:
-        found = os.stat(path) if os.path.exists(path) else None
-        version = found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        digest.update(os.fsencode(f"{path}\0{version}\n"))
-    return digest.digest()
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,8 +92,8 @@ def _read_version(kind: str, source: str, image_root: str, version: bytes) -> An
             (width, height), found = module.parse(path, read_size, place.names)
         else:
             (width, height), found = read_size(), []
-        rows.append({"id": images[stem], "file_name": images[stem]})
-        rows[-1].update(width=width, height=height)
+        image = {"id": images[stem], "file_name": images[stem]}
+        rows.append({**image, "width": width, "height": height})
         for row in found:
             row.update(id=f"{place.files[stem]} {row.pop('where')}", image_id=images[stem])
             if "left out" in row:
@@ -107,15 +103,16 @@ def _read_version(kind: str, source: str, image_root: str, version: bytes) -> An
     names = place.names
     if names is None:
         names = sorted({row["class"] for row in objects})
+    # Of a YOLO file the classes are numbers already.
     numbers = {name: number for number, name in enumerate(names, module.FIRST_CLASS)}
+    numbers = {number: number for number in range(len(names))} if kind == "yolo" else numbers
     for row in objects:
-        found = row.pop("class")
-        if kind != "yolo" and found not in numbers:
+        row["category_id"] = numbers.get(found := row.pop("class"))
+        if row["category_id"] is None:
             raise DataError(
                 f"'{source}': {row['id']} is of class {found!r}, which '{place.lists[-1]}' does "
                 "not list; correct either."
             )
-        row["category_id"] = found if kind == "yolo" else numbers[found]
     if not place.is_listed:
         unlabelled = len(images) - len(place.files) + len(orphans)
         left_out = "" if keeps_unlabelled else " left out"
@@ -182,8 +179,8 @@ def find_dataset(path: str | os.PathLike) -> list[Row]:
         in several folders. A test set takes the place of a validation set that there is not.
 
     Raises:
-        MissingFileError: if there is no such folder, or no image where one is annotated.
-        DataError: if there is no data set in it.
+        MissingFileError, DataError: if there is no such folder, no data set in it, or no image
+            where one is annotated.
     """
     path = Path(path)
     if not path.exists():
@@ -222,7 +219,7 @@ def _find_json(path: Path) -> Iterator[tuple[str, Path, Path, str]]:
         lists = (row["neg_category_ids"] is not None for row in annotations.image_rows)
         is_lvis = all(lists) and None not in annotations.frequencies
         name = annotations.file_name(0, is_lvis)
-        places = [f for f in everything if f.as_posix().endswith(f"/{name}")]
+        places = [f for f in everything if f"/{f.as_posix()}".endswith(f"/{name}")]
         places.sort(key=lambda f: split not in os.path.relpath(f, folder))
         if not places:
             raise MissingFileError(

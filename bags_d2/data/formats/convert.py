@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from detectron2.utils.visualizer import GenericMask
@@ -16,8 +16,6 @@ from ...utils.files import require_file
 from ..annotations import AnnotationSet
 from . import FOLDER_KINDS, Row, find_dataset, read_row
 from .common import IMAGE_SUFFIXES
-
-__all__ = ["convert_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +38,8 @@ def convert_dataset(
         The rows to register the result with.
 
     Raises:
-        MissingFileError: if an image is missing.
-        DataError: if something has no meaning, in either format, or ``output`` exists.
+        MissingFileError, DataError: if an image is missing, something has no meaning in either
+            format, or ``output`` exists.
     """
     output, module = Path(os.path.abspath(output)), FOLDER_KINDS.get(kind)
     if output.exists():
@@ -74,17 +72,21 @@ def convert_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         local = os.path.realpath(require_file(image["path"]))
         (shutil.copyfile if copy_images else os.symlink)(local, target)
-        objects = _objects(image.pop("read"), image.pop("position"), number_of)
+        objects = objects_of(image.pop("read"), image.pop("position"), number_of)
         splits[image["split"]].append((image, objects))
-        for row in objects if module else ():
-            if isinstance(row["segmentation"], dict):
-                lost["run-length codes written as outlines, if at all"] += 1
-                mask = GenericMask(row["segmentation"], image["height"], image["width"])
-                row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
         if module:
+            for row in objects:
+                if isinstance(row["segmentation"], dict):
+                    lost["run-length codes written as outlines, if at all"] += 1
+                    mask = GenericMask(row["segmentation"], image["height"], image["width"])
+                    row["segmentation"] = [polygon.tolist() for polygon in mask.polygons]
             _write(partial, *module.encode(image, objects, lost))
     stems = {split: [image["stem"] for image, _ in found] for split, found in splits.items()}
-    files = module.finish(stems, list(names)) if module else _coco_files(splits, names)
+    if module:
+        files = module.finish(stems, list(names))
+    else:
+        contents = coco_content(splits, names)
+        files = {f"annotations/{split}.json": json.dumps(c) for split, c in contents.items()}
     for path, text in files.items():
         _write(partial, path, text)
     partial.rename(output)
@@ -118,7 +120,8 @@ def _require_writable(names: Iterable[str], images: list[dict]) -> None:
             raise DataError(f"'{image['path']}' has no suffix of an image; rename it.")
 
 
-def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> list[dict]:
+def objects_of(read: AnnotationSet, position: int, number_of: Mapping[str, int]) -> list[dict]:
+    """The annotations of an image, with the numbers of their classes as "class"."""
     objects = read.ground_truth(position, None, lvis=False)
     for row in objects:
         number = row["id"] - 1
@@ -128,22 +131,21 @@ def _objects(read: AnnotationSet, position: int, number_of: dict[str, int]) -> l
     return objects
 
 
-def _coco_files(splits: dict[str, list], names: Iterable[str]) -> dict[str, str]:
+def coco_content(splits: Mapping[str, list], names: Iterable[str]) -> dict[str, dict]:
+    """What the annotation file of each split holds; splits are lists of (image, its objects)."""
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     keys = ("bbox", "area", "iscrowd", "ignore", "segmentation")
-    files = {}
+    contents = {}
     for split, found in splits.items():
         rows, annotations = [], []
-        for image, objects in found:
-            row = {key: image[key] for key in ("file_name", "height", "width")}
-            rows.append({"id": len(rows) + 1, **row})
+        for number, (image, objects) in enumerate(found, 1):
+            rows.append({"id": number, **{k: image[k] for k in ("file_name", "height", "width")}})
             for each in objects:
-                ids = {"id": len(annotations) + 1, "image_id": len(rows)}
-                values = {key: each[key] for key in keys}
-                annotations.append({**ids, "category_id": each["class"] + 1, **values})
-        content = {"images": rows, "annotations": annotations, "categories": categories}
-        files[f"annotations/{split}.json"] = json.dumps(content)
-    return files
+                ids = {"id": len(annotations) + 1, "image_id": number}
+                ids["category_id"] = each["class"] + 1
+                annotations.append(ids | {key: each[key] for key in keys})
+        contents[split] = {"images": rows, "annotations": annotations, "categories": categories}
+    return contents
 
 
 def _write(folder: Path, path: str, text: str) -> None:
