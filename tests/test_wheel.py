@@ -24,7 +24,7 @@ instances = predictor(np.full((60, 80, 3), 90, np.uint8))["instances"]
 assert len(predictor.class_names) == 40
 cfg = model_zoo.get_config("ablations/lvis_bags_beta0_R50.yaml")
 assert cfg.MODEL.BAGS.OTHERS_SAMPLE_RATIO == 0
-assert model_zoo.get_config("lazy/lvis_bags_mask_R50.py").train.max_iter == 75_100
+assert model_zoo.get_config("lazy/lvis_baseline_mask_R50.py").train.max_iter == 75_100
 from bags_d2.config import files
 assert len([p for s in ("yaml", "py") for p in files.CONFIGS.rglob(f"*.{s}")]) == int(sys.argv[2])
 laid = LongTailPredictor.from_config_file("glyphs_baseline.yaml", method="bags")

@@ -67,20 +67,22 @@ def find_config(path: str) -> tuple[str, tuple[str, ...]]:
 def _find_config(path: str) -> tuple[str, tuple[str, ...]]:
     folder, name = os.path.split(path)
     stem, extension = os.path.splitext(name)
-    if "://" in path or os.path.isfile(path) or extension != ".yaml":
+    if "://" in path or os.path.isfile(path) or extension not in (".yaml", ".py"):
         return path, ()
     if name in _FORMER_FILES:
         return os.path.join(folder, _FORMER_FILES[name]), ()
     for place in (os.path.join(folder, subfolder) for subfolder in _DATASET_FOLDERS):
         if os.path.isfile(os.path.join(place, name)):
             return os.path.join(place, name), ()
-        for baseline in sorted(Path(place).glob(f"*{BASELINE}*.yaml")):
+        for baseline in sorted(Path(place).glob(f"*{BASELINE}*{extension}")):
             before, after = baseline.stem.split(BASELINE, 1)
             method = stem.removeprefix(before).removesuffix(after)
             if stem == f"{before}{method}{after}" and _parts_of_method(method):
                 return os.path.join(place, baseline.name), (method,)
     if stem.endswith("_AP_fixed"):
-        file, methods = _find_config(os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}.yaml"))
+        file, methods = _find_config(
+            os.path.join(folder, f"{stem.removesuffix('_AP_fixed')}{extension}")
+        )
         if os.path.isfile(file):
             return file, (*methods, "AP_fixed")
     if os.path.basename(folder) in _FORMER_FOLDERS:
@@ -125,16 +127,13 @@ def read_config_file(
         run = run_name(run, name)
     if content["OUTPUT_DIR"] == baseline_dir:
         content["OUTPUT_DIR"] = os.path.join(parent, run)
-    if method and overrides:
+    if overrides:
         _merge(read_lazy_config(file, overrides, overridden=True), content, path)
     return content
 
 
 def merge_config_file(
-    cfg: CfgNode,
-    path: str | os.PathLike,
-    method: str | None = None,
-    overrides: Sequence[str] = (),
+    cfg: CfgNode, path: str | os.PathLike, method: str | None = None, overrides: Sequence[str] = ()
 ) -> None:
     """``cfg.merge_from_file`` for what :func:`read_config_file` returns.
 

@@ -102,7 +102,12 @@ def federated_weights(
 
     Without the annotations, where there is nothing to train on, all classes weigh the same.
     """
-    return functools.partial(_federated_weights, dataset_name, num_classes, power)
+
+    def weights() -> torch.Tensor:
+        counts = known_class_counts(dataset_name, num_classes, "images")
+        return torch.ones(num_classes) if counts is None else counts.float() ** power
+
+    return weights
 
 
 def known_class_counts(
@@ -130,11 +135,6 @@ def groups_of(
     """
     read_counts = functools.partial(_counts, dataset_name, num_classes, by)
     return ClassGroups.from_source(read_counts, num_classes, tuple(thresholds))
-
-
-def _federated_weights(dataset_name, num_classes: int, power: float) -> torch.Tensor:
-    counts = known_class_counts(dataset_name, num_classes, "images")
-    return torch.ones(num_classes) if counts is None else counts.float() ** power
 
 
 def _counts(dataset_name: str | Sequence[str], num_classes: int, by: str) -> torch.Tensor:

@@ -163,8 +163,7 @@ def read_lazy_config(
     _set(content, "DATALOADER.SAMPLER_TRAIN", sampler)
     _set(content, "SOLVER.STEPS", [])  # the LazyConfig has a schedule of its own
     _set(content, "STAGE2.ENABLED", bool(content["MODEL"].get("TRAINABLE_PARAMS")))
-    _set(content, "VERSION", 2)
-    return content
+    return content | {"VERSION": 2}
 
 
 def attach_lazy_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> None:
@@ -275,9 +274,8 @@ def _described(value: Any, without: Collection[str], place: str = "") -> Any:
     if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
         value = {str(i): item for i, item in enumerate(value)}
     if isinstance(value, dict):
-        items = [(k, v, f"{place}.{k}".lstrip(".")) for k, v in value.items()]
-        items = [item for item in items if item[2] not in without]
-        return {key: _described(item, without, within) for key, item, within in items}
+        within = {f"{place}.{key}".lstrip("."): key for key in value}
+        return {k: _described(value[k], without, p) for p, k in within.items() if p not in without}
     if isinstance(value, str | int | float | None | list):
         return value
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):

@@ -70,13 +70,13 @@ def get_checkpoint(config_path: str) -> str:
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode:
-    """A config of this name, as a CfgNode or the DictConfig of a LazyConfig (``.py``).
+    """A config of this name, as a CfgNode or the DictConfig of a LazyConfig's file (``.py``).
 
     ``trained`` takes the weights of :func:`get_checkpoint`, not those that training starts from.
     """
     path = get_config_file(config_path)
     weights = get_checkpoint(config_path) if trained else None
-    if path.endswith(".py"):
+    if path.endswith(".py") and os.path.isfile(path):
         lazy = LazyConfig.load(path)
         if weights:
             lazy.train.init_checkpoint = weights
