@@ -27,7 +27,7 @@ def bags_d2_command(*arguments: str) -> list[str]:
 def run_logged(command: Sequence[str], log: Path) -> float:
     """Run a command to its end, with its output appended to a log; it ends if this process does.
 
-    Shown are the command, as a user would type it, and its progress.
+    Shown are its progress and, of ``bags-d2``, the command as a user would type it.
 
     Returns:
         The seconds that it took.
@@ -35,8 +35,8 @@ def run_logged(command: Sequence[str], log: Path) -> float:
     Raises:
         ProcessError: if it fails, with the last line of its output.
     """
-    words = ["bags-d2", *command[3:]] if command[1:3] == ["-m", "bags_d2"] else command
-    print(f"\n$ {shlex.join(words)}", flush=True)
+    if list(command[1:3]) == ["-m", "bags_d2"]:
+        print(f"\n$ bags-d2 {shlex.join(command[3:])}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     last = ""
