@@ -8,13 +8,14 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import own_data
 import prepare_glyphs
 import pytest
 import torch
-from commands import run_command
+from commands import bags_d2_here, run_command
 from documentation import (
     PAGES,
     ROOT,
@@ -307,6 +308,8 @@ def test_the_demo_and_what_is_done_with_it(project, monkeypatch):
         shorten(project, name, 8)
         (project / name).symlink_to(Path("configs", name))  # before those of the package
     monkeypatch.setattr(demo, "run_logged", lambda words, log: run_command(*words[3:]) or 1.0)
+    in_process = SimpleNamespace(run=lambda words: bags_d2_here(*words[3:]))
+    monkeypatch.setattr(demo, "subprocess", in_process)
     for command in example("demo"):
         run(command)
     for page in ("analysis.md", "after_training.md", "deployment.md", "methods.md"):
