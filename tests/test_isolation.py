@@ -14,7 +14,7 @@ socket.getaddrinfo = refuse
 """
 
 
-USE = """
+USE = r"""
 import warnings
 warnings.filterwarnings("error", module=r"bags_d2\..*")
 import numpy as np
