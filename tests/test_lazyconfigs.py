@@ -228,7 +228,7 @@ def test_what_has_no_effect_or_no_sense_is_refused(tiny, tmp_path):
 def test_a_comparison_reads_it(tiny, tmp_path):
     path = ROOT / "configs" / "lazy" / f"{SWIN}.py"
     comparison = Comparison(path, tmp_path, tiny(SWIN))
-    assert {"bags", "seesaw", "crt"} <= set(comparison.methods())
+    assert {"bags", "bags_joint", "crt"} <= set(comparison.methods())
     run = comparison.run("bags_joint", 2)
     assert (run.kind.name, run.from_detector) == ("FIT", True)
     assert run.settings["LAZY.model.backbone.bottom_up.embed_dim"] == "8"
