@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .modeling.losses import group_softmax_loss, merge_group_probs, sample_others
     from .modeling.roi_heads import LongTailCascadeROIHeads, LongTailROIHeads
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "ROI_BOX_PREDICTOR_REGISTRY",
