@@ -88,6 +88,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     # Not the names of the rows, which may be those of built-in data sets.
     name = re.sub(r"_(train|val)\d*$", "", rows[0][0]) + "_auto"
     folder = args.output or Path("output", name)
+    if args.data and Path(args.data).resolve() in folder.resolve().parents:
+        raise ConfigError(
+            f"'{folder}' lies in '{args.data}', where it would be taken for data the next time; "
+            "name a folder outside with --output."
+        )
     base = args.config_file or f"lvis_baseline_{'mask_' * args.masks}R50.yaml"
     opts = rename_options(args.opts)
     # The data sets of the base are of no concern.
@@ -114,7 +119,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         **choose_settings(cfg, train, num_gpus, given),
     }
     if args.masks:
-        is_code = any(map(train.masks.is_code, range(len(train.classes))))
+        is_code = (train.masks.is_code & train.is_object).any()
         chosen["MODEL.MASK_ON"] = True
         chosen["INPUT.MASK_FORMAT"] = "bitmask" if is_code else "polygon"
     config = folder / f"{name}_{BASELINE}.yaml"
@@ -177,6 +182,7 @@ def choose_settings(
     steps = cfg.SOLVER.MAX_ITER
     if "SOLVER.MAX_ITER" not in given:
         steps = math.ceil(max(12 * len(train.images), 8000) / batch)
+    half = max(steps // 2, 1)
     return {
         "MODEL.DEVICE": "cuda" if num_gpus else "cpu",
         "MODEL.ANCHOR_GENERATOR.SIZES": [[n * 2.0**doublings for n in level] for level in anchors],
@@ -189,13 +195,18 @@ def choose_settings(
         "SOLVER.IMS_PER_BATCH": batch,
         "SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.IMS_PER_BATCH,
         "SOLVER.MAX_ITER": steps,
-        "SOLVER.STEPS": [steps * 2 // 3, steps * 11 // 12],
+        "SOLVER.STEPS": _decays(steps),
         "SOLVER.WARMUP_ITERS": min(cfg.SOLVER.WARMUP_ITERS, steps // 10),
         "SOLVER.CHECKPOINT_PERIOD": min(cfg.SOLVER.CHECKPOINT_PERIOD, max(steps // 4, 1)),
-        "STAGE2.MAX_ITER": max(steps // 2, 1),
-        "STAGE2.STEPS": [steps // 3, steps * 11 // 24],
+        "STAGE2.MAX_ITER": half,
+        "STAGE2.STEPS": _decays(half),
         "TEST.DETECTIONS_PER_IMAGE": max(int(per_image.max()), cfg.TEST.DETECTIONS_PER_IMAGE),
     }
+
+
+def _decays(steps: int) -> list[int]:
+    # Of a few steps the two may be one, or the start, which no schedule takes.
+    return sorted({steps * 2 // 3, steps * 11 // 12} - {0})
 
 
 def _two_sets(

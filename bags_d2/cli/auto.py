@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
 
     plan = make_plan(args)
     print(*plan.files, sep="\n")
-    print(f"\n{next(iter(plan.files.values()))}")
+    config, text = next(iter(plan.files.items()))
+    if config.is_file():  # which may have been edited
+        text = config.read_text(encoding="utf-8")
+    print(f"\n{text}")
     if not args.dry_run:
         with lock_folder(plan.folder):
             plan.write()

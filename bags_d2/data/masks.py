@@ -71,12 +71,11 @@ class Masks:
         if self.fault(row):
             return None
         if row in self._codes:
-            code, image = self._codes[row]
-            counts = code["counts"]
+            code, image = self._codes[row]  # its own sides may be floats
+            counts, size = code["counts"], [image["height"], image["width"]]
             if isinstance(counts, list):
-                code = mask_utils.frPyObjects(code, image["height"], image["width"])
-                counts = code["counts"].decode()
-            return {"size": code["size"], "counts": counts if as_json else counts.encode()}
+                counts = mask_utils.frPyObjects(code, *size)["counts"].decode()
+            return {"size": size, "counts": counts if as_json else counts.encode()}
         ends = self._ends[self._first[row] : self._first[row + 1] + 1].tolist()
         polygons = [self._numbers[a:b] for a, b in itertools.pairwise(ends)]
         return ([p.tolist() for p in polygons] if as_json else polygons) or None

@@ -78,9 +78,12 @@ class LabelCheck(DatasetEvaluator):
         objects, proposals = [], []
         for x, (height, width) in zip(inputs, self._sizes, strict=True):
             rows, labels = self._truth.objects(self._truth.image_position(x["image_id"]))
-            boxes = torch.from_numpy(self._truth.annotations.boxes[rows]).float()
-            boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-            boxes.scale(width / x.get("width", width), height / x.get("height", height))
+            boxes = torch.from_numpy(self._truth.annotations.boxes[rows])
+            boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+            # Within the image, as for training: pooling a box takes as long as the box is large.
+            size = torch.tensor([x.get("width", width), x.get("height", height)])
+            boxes = Boxes(boxes.clamp(min=0).minimum(size.repeat(2)))
+            boxes.scale(width / size[0].item(), height / size[1].item())
             device = next(iter(self._features.values())).device
             proposals.append(Instances((height, width), proposal_boxes=boxes.to(device)))
             objects.append((rows, labels))

@@ -87,6 +87,11 @@ def test_the_schedule_follows_from_images_batch_and_what_is_given():
     assert (chosen["SOLVER.IMS_PER_BATCH"], chosen["SOLVER.BASE_LR"]) == (4, 0.01)
     assert (chosen["SOLVER.STEPS"], chosen["STAGE2.MAX_ITER"]) == ([40, 55], 30)
     assert chosen["MODEL.DEVICE"] == "cpu"
+    for steps in range(1, 30):  # steps of decay lie within a schedule, one after the other
+        chosen = choose(train, "SOLVER.MAX_ITER", str(steps))
+        for part in ("SOLVER", "STAGE2"):
+            points = [0, *chosen[f"{part}.STEPS"], chosen[f"{part}.MAX_ITER"]]
+            assert points == sorted(set(points))
     assert choose(train, num_gpus=3)["SOLVER.IMS_PER_BATCH"] % 3 == 0
 
 
@@ -141,6 +146,19 @@ def test_a_plan_with_a_split_masks_and_weights(mine, tmp_path):
     assert all("segm" in words for words in made.commands[1:])
 
 
+def test_codes_are_trained_as_bitmaps_unless_they_are_of_crowds(mine, tmp_path):
+    content = json.loads((mine / "train.json").read_text())
+    (row,) = content["images"][:1]
+    for crowd, mask_format in ((1, "polygon"), (0, "bitmask")):
+        size = [row["height"], row["width"]]
+        code = {"size": size, "counts": [0, size[0] * size[1]]}
+        own = {"segmentation": code, "iscrowd": crowd}
+        content["annotations"][0] |= {**own, "image_id": row["id"], "bbox": [0, 0, *size[::-1]]}
+        (mine / "train.json").write_text(json.dumps(content))
+        files = plan(mine, "--masks", "--output", tmp_path / "out").files
+        assert yaml.safe_load(next(iter(files.values())))["INPUT"]["MASK_FORMAT"] == mask_format
+
+
 def test_a_folder_that_was_begun_otherwise_is_refused_and_an_edited_config_stays(mine, tmp_path):
     out = tmp_path / "out"
     made = plan(mine, "--output", out)
@@ -168,6 +186,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused_and_an_edited_config_stays
         (["mine", "--opts", "SOLVER.NOTHING", "1"], ConfigError, r"SOLVER\.NOTHING"),
         (["mine", "--opts", "SEED"], ConfigError, "odd length"),
         (["empty.json"], DataError, "there are no objects"),
+        (["mine", "--output", "mine/out"], ConfigError, "'mine/out' lies in 'mine'.*--output"),
     ],
 )
 def test_what_is_faulty_is_one_sentence(arguments, error, message, mine, monkeypatch):

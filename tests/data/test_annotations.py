@@ -459,7 +459,8 @@ def test_run_length_codes_train_as_bitmaps(counts, data_set, cfg_of):
     mask.reshape(-1, order="F")[:40] = 1
     if counts == "compressed":
         counts = mask_utils.encode(mask)["counts"].decode()
-    edit = each(segmentation={"size": [SIDE, SIDE], "counts": counts})
+    # Sides as floats, which pycocotools would refuse.
+    edit = each(segmentation={"size": [float(SIDE), SIDE], "counts": counts})
     name = data_set(edited(edit))
     cfg = cfg_of([name], (), "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask")
     check_dataset(cfg, name, training=True)

@@ -45,6 +45,11 @@ def test_with_one_class_an_image_the_shares_are_exact():
     assert not np.array_equal(chosen, choose_val(classes, 0.2, seed=2))
 
 
+def test_images_without_objects_are_validated_in_proportion():
+    classes = [{0}, {0}, *[set()] * 50]
+    assert choose_val(classes, 0.2, seed=1)[2:].sum() == 10
+
+
 def test_the_format_does_not_matter(tmp_path):
     images = tmp_path / "images"
     images.mkdir()

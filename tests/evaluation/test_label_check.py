@@ -65,14 +65,16 @@ def test_the_file_lists_all_objects_with_the_probabilities_at_their_boxes(
     tiny_cfg, datasets_root, register, tmp_path
 ):
     folder = datasets_root / "glyphs_tiny"
-    annotations = folder / "annotations" / "glyphs_tiny_val.json"
+    annotations = tmp_path / "val.json"
+    content = json.loads((folder / "annotations" / "glyphs_tiny_val.json").read_text())
+    content["annotations"][0]["bbox"][2:] = [1e149, 1e9]  # far beyond its image
+    annotations.write_text(json.dumps(content))
     name = register("label_check_val", str(annotations), str(folder))
     cfg = tiny_cfg("DATASETS.TEST", (name,), "DATALOADER.NUM_WORKERS", 0)
     torch.manual_seed(0)
     model = BAGSTrainer.build_model(cfg).eval()
     BAGSTrainer.test(cfg, model, output_folder=str(tmp_path))
     rows = _rows(tmp_path / name)
-    content = json.loads(annotations.read_text())
     of_id = {annotation["id"]: annotation for annotation in content["annotations"]}
     assert sorted(int(row["annotation_id"]) for row in rows) == sorted(of_id)
     scores = [float(row["contradiction"]) for row in rows]
@@ -84,15 +86,16 @@ def test_the_file_lists_all_objects_with_the_probabilities_at_their_boxes(
     assert not model.roi_heads._forward_pre_hooks
 
     # The probability of one, from proposals that are its box alone.
-    row, loader = rows[0], BAGSTrainer.build_test_loader(cfg, name)
+    first, loader = content["annotations"][0], BAGSTrainer.build_test_loader(cfg, name)
+    row = next(row for row in rows if int(row["annotation_id"]) == first["id"])
     inputs = next(x for x in loader if x[0]["image_id"] == int(row["image_id"]))
-    x, y, w, h = of_id[int(row["annotation_id"])]["bbox"]
+    corners = torch.tensor([[*first["bbox"][:2], inputs[0]["width"], inputs[0]["height"]]])
     scale = inputs[0]["image"].shape[1] / inputs[0]["height"]
     with torch.no_grad():
         images = model.preprocess_image(inputs)
         pyramid = model.backbone(images.tensor)
         heads = model.roi_heads
-        boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]) * scale)
+        boxes = Boxes(corners * scale)
         pooled = heads.box_pooler([pyramid[f] for f in heads.box_in_features], [boxes])
         logits, _ = heads.box_predictor(heads.box_head(pooled))
     category = sorted(c["id"] for c in content["categories"]).index(int(row["category_id"]))

@@ -55,7 +55,7 @@ def choose_val(classes: Sequence[Collection[int]], share: float, seed: int) -> n
     Classes have their turn from the rarest on. Of n images with a class, ``share`` x n rounded
     down, but at least one of two, are validation's; images are drawn at random, and left out if
     another class has its number already. A class that is left with none then takes an image that
-    leaves at least half of those of every class to training.
+    leaves at least half of those of every class to training. Images of no class are drawn apart.
 
     Args:
         classes: of each of I images.
@@ -69,7 +69,8 @@ def choose_val(classes: Sequence[Collection[int]], share: float, seed: int) -> n
         DataError: if none can be left out.
     """
     images_of: dict[int, list[int]] = {}
-    for image in np.random.default_rng(seed).permutation(len(classes)).tolist():
+    order = np.random.default_rng(seed).permutation(len(classes)).tolist()
+    for image in order:
         for c in classes[image]:
             images_of.setdefault(c, []).append(image)
     total = {c: len(images) for c, images in images_of.items()}
@@ -91,6 +92,8 @@ def choose_val(classes: Sequence[Collection[int]], share: float, seed: int) -> n
             "No image can be left out for validation: there are no objects, or each image has a "
             "class that no other has; name a validation set."
         )
+    empty = [image for image in order if not classes[image]]
+    in_val[empty[: int(share * len(empty))]] = True
     return in_val
 
 
