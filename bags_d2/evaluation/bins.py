@@ -44,7 +44,7 @@ def bin_index(counts: Counts, thresholds: Sequence[int] = DEFAULT_COUNT_THRESHOL
         raise ConfigError(
             f"count_thresholds must be positive and strictly ascending, not {tuple(thresholds)}."
         )
-    counts = torch.as_tensor(counts).cpu().numpy()
+    counts = _as_array(counts)
     if np.any(counts < 0):
         raise DataError(f"class_counts must not be negative, but the smallest is {counts.min()}.")
     return np.searchsorted(bounds, counts, side="right")
@@ -79,9 +79,13 @@ def balanced_ap(bin_aps: Mapping[str, float]) -> float:
     return defined_mean(np.array(list(bin_aps.values()), dtype=np.float64))
 
 
+def _as_array(counts: Counts) -> np.ndarray:
+    return np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
+
+
 def _count_array(class_counts: Counts, num_classes: int) -> np.ndarray:
     """The counts as a (K,) array; DataError if there is not exactly one per class."""
-    counts = torch.as_tensor(class_counts).cpu().numpy()
+    counts = _as_array(class_counts)
     if counts.shape != (num_classes,):
         raise DataError(
             f"class_counts has shape {counts.shape}, but the evaluated model has {num_classes} "

@@ -323,8 +323,8 @@ def test_faulty_arguments_are_refused_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(MissingFileError, match=r"glyphs_train\.json.*build it with"):
         Comparison(GLYPHS, tmp_path).require_data()
     for arguments, message in (
-        (["--methods", ","], "names none; there are baseline, "),
-        (["--methods", ""], "names none; there are baseline, "),
+        (["--methods", ","], "names none, such as baseline, "),
+        (["--methods", ""], "names none, such as baseline, "),
         (["--seeds", "0"], "--seeds must be 1 or more"),
         (["--report-only"], "No run in .* is complete"),
     ):
