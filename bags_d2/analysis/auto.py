@@ -97,6 +97,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     opts = rename_options(args.opts)
     # The data sets of the base are of no concern.
     options = [*opts, "DATASETS.REGISTER", "()"]
+    if "SOLVER.SCHEDULE_FACTOR" in opts:  # would scale the written schedule again
+        raise ConfigError("--opts SOLVER.SCHEDULE_FACTOR has no place here; set SOLVER.MAX_ITER.")
     cfg = setup_cfg(argparse.Namespace(config_file=base, opts=options))
     given = {key: _value(text) for key, text in zip(opts[::2], opts[1::2], strict=True)}
     if args.weights:

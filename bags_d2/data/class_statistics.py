@@ -242,9 +242,9 @@ def _read_counts(path: str, names_of_set: Callable[[], Sequence[str]] | None) ->
             raise DataError(f"{source} and the data set disagree on the classes {sorted(odd)[:5]}.")
         content = [content[name] for name in names]
     is_list = isinstance(content, list) and content
-    if not is_list or not all(type(n) is int and n >= 0 for n in content):
+    if not is_list or not all(type(n) is int and 0 <= n < 2**53 for n in content):
         raise DataError(
-            f"{source} must hold a JSON list of whole numbers of 0 or more, one for each class, "
+            f"{source} must hold a JSON list of whole numbers from 0 to 2^53, one for each class, "
             "or an object {class name: count}."
         )
     return torch.tensor(content)

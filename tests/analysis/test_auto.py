@@ -185,6 +185,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused_and_an_edited_config_stays
         (["mine", "--config-file", "none.yaml"], MissingFileError, r"none\.yaml"),
         (["mine", "--opts", "SOLVER.NOTHING", "1"], ConfigError, r"SOLVER\.NOTHING"),
         (["mine", "--opts", "SEED"], ConfigError, "odd length"),
+        (["mine", "--opts", "SOLVER.SCHEDULE_FACTOR", "2"], ConfigError, r"set SOLVER\.MAX_ITER"),
         (["empty.json"], DataError, "there are no objects"),
         (["mine", "--output", "mine/out"], ConfigError, "'mine/out' lies in 'mine'.*--output"),
     ],

@@ -316,6 +316,7 @@ def test_a_counts_file_is_a_list_or_keyed_by_name(tmp_path):
         ("[1, 2.5]", None, "must hold a JSON list of whole numbers"),
         ("[1, true]", None, "must hold a JSON list of whole numbers"),
         ('[1, "2"]', None, "must hold a JSON list of whole numbers"),
+        (f"[1, {10**30}]", None, "must hold a JSON list of whole numbers"),
         ("7", None, "must hold a JSON list of whole numbers"),
         ("null", None, "must hold a JSON list of whole numbers"),
         ('{"a": 1, "b": -2}', ["a", "b"], "must hold a JSON list of whole numbers"),
