@@ -110,6 +110,8 @@ def test_ctrl_c_in_a_training_is_one_sentence(num_processes, num_workers, datase
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Not ignored, as in what a shell has put into the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert any(" iter: " in line for line in process.stdout)
