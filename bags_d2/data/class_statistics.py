@@ -244,8 +244,8 @@ def _read_counts(path: str, names_of_set: Callable[[], Sequence[str]] | None) ->
     is_list = isinstance(content, list) and content
     if not is_list or not all(type(n) is int and 0 <= n < 2**53 for n in content):
         raise DataError(
-            f"{source} must hold a JSON list of whole numbers from 0 to 2^53, one for each class, "
-            "or an object {class name: count}."
+            f"{source} must hold a JSON list of whole numbers of 0 or more (below 2^53), one "
+            "for each class, or an object {class name: count}."
         )
     return torch.tensor(content)
 
