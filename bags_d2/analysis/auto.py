@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from detectron2.config import CfgNode
 
 from ..config import BASELINE, rename_options
 from ..data.annotations import AnnotationSet, check_annotations
-from ..data.formats import FOLDER_KINDS, Row, find_dataset, read_row
+from ..data.formats import FOLDER_KINDS, Row, find_dataset, is_validation, read_row
 from ..data.formats.split import split_dataset
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError
@@ -31,7 +30,7 @@ from ..utils.files import (
     write_atomically,
     write_json,
 )
-from ..utils.settings import first_difference
+from ..utils.settings import first_difference, set_key
 from .grouping import choose_thresholds
 
 __all__ = ["Plan", "choose_settings", "make_plan"]
@@ -215,7 +214,7 @@ def _two_sets(
     rows: list[Row], name: str, folder: Path, seed: int
 ) -> tuple[list[tuple[Row, AnnotationSet]], dict[Path, str]]:
     """The training and the validation set: those that there are, or of new annotation files."""
-    val = [row for row in rows if row[0].rstrip("0123456789").endswith("_val")]
+    val = [row for row in rows if is_validation(row[0])]
     train = [row for row in rows if row not in val]
     if len(train) == len(val) == 1:
         named = ((f"{name}_train", *train[0][1:]), (f"{name}_val", *val[0][1:]))
@@ -246,8 +245,7 @@ def _dump(settings: dict[str, Any]) -> str:
     """YAML of values by dotted key."""
     content: dict[str, Any] = {}
     for key, value in settings.items():
-        *above, last = key.split(".")
-        functools.reduce(lambda node, name: node.setdefault(name, {}), above, content)[last] = value
+        set_key(content, key, value)
     return yaml.safe_dump(
         content, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100
     )

@@ -199,9 +199,7 @@ def _charts(
         "What scores highest where an object is, by groups of training instances": (
             lambda p: plot_winning_groups(winners(), edges, p)
         ),
-        "Losses in training": lambda p: plot_losses(
-            {r.label: loss_history(r.folder) for r in runs}, p
-        ),
+        "Losses in training": lambda p: plot_losses(losses(), p),
     }
     if first is last:
         del plots[change]

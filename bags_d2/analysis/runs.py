@@ -303,17 +303,20 @@ def loss_history(folder: str | Path) -> dict[str, dict[int, float]]:
     """
     history: dict[str, dict[int, float]] = {}
     path = Path(folder) / "metrics.json"
-    for line in path.open(encoding="utf-8", errors="replace") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            iteration = int(_number(row["iteration"]))
-            values = {name: _number_or_none(value) for name, value in row.items()}
-        except (*_MALFORMED, RecursionError):
-            continue
-        for name, value in values.items():
-            is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
-            if is_loss and value is not None:
-                history.setdefault(printable(name), {})[iteration] = value
+    if not path.is_file():
+        return history
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                iteration = int(_number(row["iteration"]))
+                values = {name: _number_or_none(value) for name, value in row.items()}
+            except (*_MALFORMED, RecursionError):
+                continue
+            for name, value in values.items():
+                is_loss = name.removeprefix("bags/").startswith("loss_") or name == "total_loss"
+                if is_loss and value is not None:
+                    history.setdefault(printable(name), {})[iteration] = value
     return history
 
 

@@ -12,28 +12,13 @@ Example:
 import argparse
 from pathlib import Path
 
-from .flags import add_options_flag
+from .flags import add_data_flags, add_options_flag
 
 INTERRUPTED = "Run the same command again to go on where it stopped."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data",
-        nargs="?",
-        metavar="DATA",
-        help="folder of a data set in COCO, LVIS, YOLO, Pascal VOC or LabelMe format, or its "
-        "data.yaml or JSON file",
-    )
-    parser.add_argument(
-        "--row",
-        nargs=4,
-        action="append",
-        default=[],
-        metavar=("NAME", "KIND", "ANNOTATIONS", "IMAGES"),
-        help="a data set as in DATASETS.REGISTER, in place of a folder; may be repeated; one whose "
-        "name ends in _val is to validate",
-    )
+    add_data_flags(parser, "; one whose name ends in _val is to validate")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: output/DATA_auto")
     parser.add_argument(
         "--config-file",

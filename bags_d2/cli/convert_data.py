@@ -9,20 +9,12 @@ Example:
 
 import argparse
 
+from .flags import add_data_flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument(
-        "data", nargs="?", help="folder of a data set, or its data.yaml or JSON file"
-    )
-    parser.add_argument(
-        "--row",
-        nargs=4,
-        action="append",
-        default=[],
-        metavar=("NAME", "KIND", "ANNOTATIONS", "IMAGES"),
-        help="a data set as in DATASETS.REGISTER, in place of a folder; may be repeated",
-    )
+    add_data_flags(parser)
     parser.add_argument(
         "--to", required=True, choices=("coco", "yolo", "voc", "labelme"), help="format to write"
     )

@@ -6,6 +6,7 @@ __all__ = [
     "METHOD_HELP",
     "add_cache_flags",
     "add_config_flags",
+    "add_data_flags",
     "add_input_flag",
     "add_launch_flags",
     "add_options_flag",
@@ -27,6 +28,25 @@ def add_config_flags(
     """``--config-file``, which is required, and ``--method``."""
     parser.add_argument("--config-file", required=True, metavar="FILE", help=help)
     parser.add_argument("--method", metavar="NAME", help=METHOD_HELP)
+
+
+def add_data_flags(parser: argparse.ArgumentParser, use: str = "") -> None:
+    """``DATA``, which ``data.formats.find_dataset`` reads, or ``--row`` in its place."""
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder of a data set in COCO, LVIS, YOLO, Pascal VOC or LabelMe format, or its "
+        "data.yaml or JSON file",
+    )
+    parser.add_argument(
+        "--row",
+        nargs=4,
+        action="append",
+        default=[],
+        metavar=("NAME", "KIND", "ANNOTATIONS", "IMAGES"),
+        help=f"a data set as in DATASETS.REGISTER, in place of a folder; may be repeated{use}",
+    )
 
 
 def add_cache_flags(

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError, MissingFileError
-from ..utils.settings import select_config
+from ..utils.settings import config_value, select_config, set_key
 
 __all__ = [
     "LAZY_LOADER",
@@ -140,7 +140,7 @@ def read_lazy_config(
         places = list(_expand(lazy, place))
         value = OmegaConf.select(lazy, places[0])
         if value is not None and (not overridden or set_here & {place, *places}):
-            _set(content, key, _plain(value, key))
+            set_key(content, key, _plain(value, key))
     if overridden:
         return content
     augmentations = OmegaConf.select(lazy, f"{_TEST}.augmentations") or []
@@ -149,8 +149,8 @@ def read_lazy_config(
             f"'{path}': {_TEST}.augmentations must be one ResizeShortestEdge, as all that detects "
             "resizes images so."
         )
-    _set(content, "MODEL.META_ARCHITECTURE", "LazyModel")
-    _set(content, "MODEL.MASK_ON", OmegaConf.select(lazy, f"{_HEADS}.mask_head") is not None)
+    set_key(content, "MODEL.META_ARCHITECTURE", "LazyModel")
+    set_key(content, "MODEL.MASK_ON", OmegaConf.select(lazy, f"{_HEADS}.mask_head") is not None)
     if predictor := OmegaConf.select(lazy, next(_expand(lazy, _PREDICTOR))):
         is_cosine = predictor.get("temperature") is not None
         node = {"NAME": _name(predictor), "NORMALIZED": is_cosine}
@@ -160,9 +160,9 @@ def read_lazy_config(
     parts = [_name(loader), *(_name(loader.get(part)) for part in ("dataset", "mapper"))]
     if parts != _LOADER or sampler not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
         sampler = LAZY_LOADER
-    _set(content, "DATALOADER.SAMPLER_TRAIN", sampler)
-    _set(content, "SOLVER.STEPS", [])  # the LazyConfig has a schedule of its own
-    _set(content, "STAGE2.ENABLED", bool(content["MODEL"].get("TRAINABLE_PARAMS")))
+    set_key(content, "DATALOADER.SAMPLER_TRAIN", sampler)
+    set_key(content, "SOLVER.STEPS", [])  # the LazyConfig has a schedule of its own
+    set_key(content, "STAGE2.ENABLED", bool(content["MODEL"].get("TRAINABLE_PARAMS")))
     return content | {"VERSION": 2}
 
 
@@ -187,7 +187,7 @@ def lazy_config(cfg: CfgNode):
     lazy = copy.deepcopy(_load(source.path, source.overrides))
     for key, text in select_config(cfg, tuple(_PLACES)).items():
         if text != source.as_read[key]:
-            value = _value(cfg, key)
+            value = config_value(cfg, key)
             for place in _expand(lazy, _PLACES[key]):
                 OmegaConf.update(lazy, place, list(value) if isinstance(value, tuple) else value)
     return lazy
@@ -232,11 +232,7 @@ def _load(path: str, overrides: tuple[str, ...]):
 def _stock_keys() -> dict[str, Any]:
     """Detectron2's keys, with their defaults."""
     defaults = get_cfg()
-    return {key: _value(defaults, key) for key in select_config(defaults, ("*",))}
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), cfg)
+    return {key: config_value(defaults, key) for key in select_config(defaults, ("*",))}
 
 
 def _expand(lazy, place: str) -> Iterator[str]:
@@ -245,13 +241,6 @@ def _expand(lazy, place: str) -> Iterator[str]:
     if stages is None or not place.startswith(_PREDICTOR):
         return iter([place])
     return (place.replace(_PREDICTOR, f"{_PREDICTOR}s.{i}", 1) for i in range(len(stages)))
-
-
-def _set(content: dict, key: str, value: Any) -> None:
-    *nodes, name = key.split(".")
-    for node in nodes:
-        content = content.setdefault(node, {})
-    content[name] = value
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -1,7 +1,6 @@
 """From command-line arguments to a checked config, before anything expensive starts."""
 
 import argparse
-import functools
 import logging
 import math
 import os
@@ -35,7 +34,7 @@ from ..errors import BagsError, ConfigError, MissingFileError
 from ..modeling.box_predictors import ROI_BOX_PREDICTOR_REGISTRY
 from ..utils.files import load_yaml
 from ..utils.quiet import shorten_console
-from ..utils.settings import select_config
+from ..utils.settings import config_value, select_config
 
 __all__ = [
     "check_device",
@@ -229,11 +228,11 @@ def log_changed_settings(cfg: CfgNode) -> None:
 def check_settings(cfg: CfgNode) -> None:
     """Raise ConfigError if a value is out of range or names nothing that exists."""
     for key, (low, high, limits) in _LIMITS.items():
-        value = _get(cfg, key)
+        value = config_value(cfg, key)
         if not low <= value <= high:
             raise ConfigError(f"{key} is {value}; it must be {limits}.")
     for key, registry in _REGISTRIES.items():
-        name = _get(cfg, key)
+        name = config_value(cfg, key)
         known = sorted(known for known, _ in registry)
         if name and name not in known and name != "PrecomputedProposals":
             raise ConfigError(f"{key} is '{name}', which is not one of {', '.join(known)}.")
@@ -287,10 +286,6 @@ def _check_output_dir(folder: str) -> None:
 
 def _is_begun(cfg: CfgNode) -> bool:
     return os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-
-
-def _get(cfg: CfgNode, key: str):
-    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def _how_to_make(cfg: CfgNode) -> str:

@@ -1,7 +1,11 @@
 """Config values as text, to see whether two things were made with the same settings."""
 
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
 
 
 def select_config(
@@ -21,6 +25,19 @@ def select_config(
 
     visit(cfg, "")
     return dict(sorted(selected.items()))
+
+
+def config_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dicts, which are made as needed."""
+    *nodes, name = key.split(".")
+    for node in nodes:
+        content = content.setdefault(node, {})
+    content[name] = value
 
 
 def first_difference(found: Mapping, wanted: Mapping) -> str:

@@ -25,7 +25,7 @@ from ..images import image_size
 from . import labelme, voc, yolo
 from .common import IMAGE_SUFFIXES, SPLITS, Place, list_files, walk
 
-__all__ = ["FOLDER_KINDS", "Row", "find_dataset", "read_row"]
+__all__ = ["FOLDER_KINDS", "Row", "find_dataset", "is_validation", "read_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 Row = tuple[str, str, str, str]
 
 FOLDER_KINDS = {"yolo": yolo, "voc": voc, "labelme": labelme}
+
+
+def is_validation(name: str) -> bool:
+    """Whether a row of this name, as :func:`find_dataset` gives it, is of a validation set."""
+    return name.rstrip("0123456789").endswith("_val")
 
 
 def read_row(kind: str, source: str, image_root: str) -> AnnotationSet:

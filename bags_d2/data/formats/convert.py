@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ...errors import DataError
 from ...utils.files import require_file
 from ..annotations import AnnotationSet
-from . import FOLDER_KINDS, Row, find_dataset, read_row
+from . import FOLDER_KINDS, Row, find_dataset, is_validation, read_row
 from .common import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -46,15 +46,13 @@ def convert_dataset(
         raise DataError(f"'{output}' exists already; name a new folder.")
     images, names = [], {}
     for name, own_kind, source, root in rows:
-        read = read_row(own_kind, source, root)
+        read = read_named(own_kind, source, root)
         names.update(dict.fromkeys(read.names))
-        if len(set(read.names)) < len(read.names):
-            raise DataError(f"'{source}' has two classes of one name; rename one of them.")
         for position, row in enumerate(read.image_rows):
             file = read.file_name(position, own_kind == "lvis")
             # The file may name images by absolute paths, or by "..".
             parts = [part for part in PurePath(file).parts if part not in ("/", "..")]
-            split = "val" if name.rstrip("0123456789").endswith("_val") else "train"
+            split = "val" if is_validation(name) else "train"
             image = {"file_name": "/".join(parts), "split": split, "set": name, "read": read}
             size = {"height": row["height"], "width": row["width"]}
             images.append({**image, **size, "position": position, "path": Path(root, file)})
@@ -118,6 +116,14 @@ def _require_writable(names: Iterable[str], images: list[dict]) -> None:
     for image in images:
         if image["path"].suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(f"'{image['path']}' has no suffix of an image; rename it.")
+
+
+def read_named(kind: str, source: str, image_root: str) -> AnnotationSet:
+    """:func:`read_row`, and a DataError unless names tell the classes apart."""
+    read = read_row(kind, source, image_root)
+    if len(set(read.names)) < len(read.names):
+        raise DataError(f"'{source}' has two classes of one name; rename one of them.")
+    return read
 
 
 def objects_of(read: AnnotationSet, position: int, number_of: Mapping[str, int]) -> list[dict]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import DataError
 from . import Row, read_row
-from .convert import coco_content, objects_of
+from .convert import coco_content, objects_of, read_named
 
 __all__ = ["choose_val", "split_dataset"]
 
@@ -103,9 +103,7 @@ def _images(
     """The images of data sets in the order of their paths, each with its objects."""
     images = []
     for _, kind, source, root in rows:
-        read = read_row(kind, source, root)
-        if len(set(read.names)) < len(read.names):
-            raise DataError(f"'{source}' has two classes of one name; rename one of them.")
+        read = read_named(kind, source, root)
         if kind == "lvis":
             logger.warning("LVIS's lists in '%s' are left out: COCO's measures apply.", source)
         for position, row in enumerate(read.image_rows):
